@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second half of LoRA: ranks to outputs, added to the base model's."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.layout import PageLayout
+from pallas_kernels.lora_expand import reference
+from pallas_kernels.segments import ModuleTable, Segments
+
+
+def lora_expand(
+    y: Float[Array, "T O"],
+    h: Float[Array, "T M R"],
+    pool: Float[Array, "L P elems"],
+    layer: Int[Array, ""] | None,
+    segments: Segments,
+    table: ModuleTable,
+    *,
+    inputs: int,
+    outputs: tuple[int, ...],
+    layout: PageLayout,
+) -> Float[Array, "T O"]:
+    """`y + s · h Bᵀ`, each token with its own adapter's B and scale s.
+
+    Args:
+        y: the base model's output, modules side by side.
+        h: from `lora_shrink` or `lora_lookup`, float32; not rounded before the sum is done.
+        layer: as in `lora_shrink`.
+        inputs: I of the modules: where A ends is where B begins.
+        outputs: columns of each module in y; their sum is O.
+
+    Returns:
+        In y's dtype, rounded once. Tokens of the base model keep y bit for bit.
+    """
+    return reference.lora_expand(
+        y, h, pool, layer, segments, table, inputs=inputs, outputs=outputs, layout=layout
+    )

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first half of LoRA: inputs to ranks."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.layout import PageLayout
+from pallas_kernels.lora_shrink import reference
+from pallas_kernels.segments import ModuleTable, Segments
+
+
+def lora_shrink(
+    x: Float[Array, "T I"],
+    pool: Float[Array, "L P elems"],
+    layer: Int[Array, ""] | None,
+    segments: Segments,
+    table: ModuleTable,
+    *,
+    max_rank: int,
+    layout: PageLayout,
+) -> Float[Array, "T M R"]:
+    """`h = x Aᵀ` of each token with its own adapter's A, for M modules that share their input.
+
+    (S-LoRA section 5.3, MBGMM and MBGMV in one: segments of one token are the gather form.)
+
+    Args:
+        layer: None for `lm_head`, whose tiles are spread over all layers.
+        max_rank: R, the largest rank that `table` may hold.
+
+    Returns:
+        float32. Zero past a module's rank and for tokens of the base model.
+    """
+    return reference.lora_shrink(x, pool, layer, segments, table, max_rank=max_rank, layout=layout)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving one base Llama and thousands of LoRA adapters from one page pool.
+
+The public names are imported on first use, so that the scheduler and the command line's help can be
+imported without JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slora_jax.config import EngineConfig as EngineConfig
+    from slora_jax.config import ModelConfig as ModelConfig
+    from slora_jax.core import RequestOutput as RequestOutput
+    from slora_jax.core import SamplingParams as SamplingParams
+    from slora_jax.engine.engine import Engine as Engine
+
+_HOME = {
+    "Engine": "slora_jax.engine.engine",
+    "EngineConfig": "slora_jax.config",
+    "ModelConfig": "slora_jax.config",
+    "RequestOutput": "slora_jax.core",
+    "SamplingParams": "slora_jax.core",
+}
+
+__all__ = ["Engine", "EngineConfig", "ModelConfig", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

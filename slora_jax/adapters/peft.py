@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a PEFT LoRA directory into NumPy arrays, or says exactly why it cannot be served.
+
+The tensors' names decide which projections are adapted, `adapter_config.json` with what scale. What
+is not understood is refused, so that nobody gets the base's output under an adapter's name.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slora_jax.adapters.peft_config import AdapterError as AdapterError
+from slora_jax.adapters.peft_config import LoraConfig
+from slora_jax.adapters.peft_tensors import AdapterTensors, Tensor, module_paths
+from slora_jax.config import ModelConfig
+
+_CONFIG_FILE = "adapter_config.json"
+_TENSOR_FILE = "adapter_model.safetensors"
+_PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraPair:
+    """One adapted projection: `y += scale * (x Aᵀ) Bᵀ`, where an embedding's x is one-hot.
+
+    Attributes:
+        a: `[R, I]`, float32, float16 or bfloat16 as stored; read-only.
+        b: `[O, R]`, likewise.
+        scale: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`, both of this module.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter as it was trained.
+
+    Attributes:
+        name: what requests call it.
+        path: the directory it was read from.
+        layers: of each of the base's layers, module name -> pair; empty where nothing is adapted.
+        outer: the same of `embed_tokens` and `lm_head`.
+        digest: SHA-256 of what was read: its identity. An adapter overwritten in place is another
+            one, a copy elsewhere the same.
+    """
+
+    name: str
+    path: Path
+    layers: tuple[Mapping[str, LoraPair], ...]
+    outer: Mapping[str, LoraPair]
+    digest: str
+
+    @property
+    def max_rank(self) -> int:
+        return max(pair.rank for pairs in (*self.layers, self.outer) for pair in pairs.values())
+
+
+def read_adapter(
+    path: str | Path,
+    config: ModelConfig,
+    *,
+    name: str | None = None,
+    max_rank: int | None = None,
+    base_weight: Callable[[str], np.ndarray] | None = None,
+) -> Adapter:
+    """Reads the directory that PEFT's `save_pretrained` wrote.
+
+    Args:
+        path: the directory.
+        config: the base to be served with.
+        name: the adapter's name; None for the directory's.
+        max_rank: the engine's `max_lora_rank`; None for no limit.
+        base_weight: gives the base's `embed_tokens` or `lm_head`, `[V, E]`. PEFT saves copies of
+            both beside LoRA on either; without this, or if they differ, they are refused.
+
+    Raises:
+        AdapterError: damaged, not for this base, or not to be served faithfully.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise AdapterError(
+            f"{directory}: no such directory. Give the one that holds {_CONFIG_FILE}; "
+            "an adapter from the Hub must be downloaded first"
+        )
+    config_content = _read(
+        directory / _CONFIG_FILE, "Give a directory that PEFT's save_pretrained wrote"
+    )
+    lora = LoraConfig.parse(config_content, directory / _CONFIG_FILE)
+    tensor_content = _read(directory / _TENSOR_FILE, _how_to_get_tensors(directory))
+    tensors = AdapterTensors.parse(tensor_content, config, directory / _TENSOR_FILE)
+    _check_base_copies(tensors, base_weight)
+    layers, outer = _pairs(tensors, lora, config, max_rank)
+    return Adapter(
+        name=name or directory.absolute().name,
+        path=directory,
+        layers=layers,
+        outer=outer,
+        digest=_digest(config_content, tensor_content),
+    )
+
+
+def _read(file: Path, remedy: str) -> bytes:
+    """The whole file at once, so that what is served and its digest are of the same bytes."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise AdapterError(f"{file}: no such file. {remedy}") from None
+    except OSError as error:
+        raise AdapterError(
+            f"{file}: cannot be read ({error.strerror}). Check the file and its permissions"
+        ) from error
+
+
+def _how_to_get_tensors(directory: Path) -> str:
+    """What to do when there is no safetensors file; pickles run code, so they are never read."""
+    for pickle in _PICKLE_FILES:
+        if (directory / pickle).exists():
+            source, target = str(directory / pickle), str(directory / _TENSOR_FILE)
+            code = (
+                "import torch; from safetensors.torch import save_file; "
+                f"tensors = torch.load({source!r}, map_location='cpu', weights_only=True); "
+                "save_file({k: v.contiguous().clone() for k, v in tensors.items()}, "
+                f"{target!r})"
+            )
+            return f"Convert {pickle} with: {shlex.join(['python', '-c', code])}"
+    return "Save the adapter with save_pretrained, which writes it"
+
+
+def _pairs(
+    tensors: AdapterTensors, lora: LoraConfig, config: ModelConfig, max_rank: int | None
+) -> tuple[tuple[dict[str, LoraPair], ...], dict[str, LoraPair]]:
+    """The pairs of each layer, and those outside the layers."""
+    layers = tuple({} for _ in range(config.num_hidden_layers))
+    outer = {}
+    for module_path, (layer, module) in module_paths(config).items():
+        if module_path not in tensors.factors:
+            continue
+        a, b = _matching_factors(module_path, config.projection_shape(module), tensors, lora)
+        rank = a.shape[0]
+        if max_rank is not None and rank > max_rank:
+            raise AdapterError(
+                f"{tensors.file}: {module_path} has rank {rank}, more than max_lora_rank = "
+                f"{max_rank}. Start the engine with max_lora_rank = {rank} or more"
+            )
+        pairs = outer if layer is None else layers[layer]
+        pairs[module] = LoraPair(a=a, b=b, scale=lora.scale_of(module_path))
+    return layers, outer
+
+
+def _matching_factors(
+    module_path: str, shape: tuple[int, int], tensors: AdapterTensors, lora: LoraConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """A `[R, I]` and B `[O, R]` of a module, checked against the base, config and each other.
+
+    Args:
+        module_path: such as `model.layers.0.mlp.up_proj`; in `tensors`.
+        shape: `(I, O)` of the base's projection.
+        tensors: has one factor of the module, or both.
+        lora: says what R should be.
+    """
+    inputs, outputs = shape
+    factors, file = tensors.factors[module_path], tensors.file
+    if len(factors) < 2:
+        [(present, tensor)] = factors.items()
+        missing = {"A": "B", "B": "A"}[present]
+        raise AdapterError(
+            f"{file}: {tensor.key} has no {missing} beside it. Save the adapter again"
+        )
+    a, b = factors["A"], factors["B"]
+    expected_rank, field = lora.rank_of(module_path)
+    # A rank other than expected is told as that, not as two wrong shapes.
+    rank = a.array.shape[0] if a.array.ndim == 2 and a.array.size else expected_rank
+    _check_shape(a, (rank, inputs), file)
+    _check_shape(b, (outputs, rank), file)
+    if rank != expected_rank:
+        raise AdapterError(
+            f"{file}: {a.key} has rank {rank}, but {field} = {expected_rank} in {lora.file}. "
+            "Keep the two files of one save together"
+        )
+    for tensor in (a, b):
+        if not np.isfinite(tensor.array).all():
+            raise AdapterError(
+                f"{file}: {tensor.key} holds NaN or infinity. "
+                "Use a checkpoint from before training diverged"
+            )
+    return a.array, b.array
+
+
+def _check_shape(tensor: Tensor, expected: tuple[int, int], file: Path) -> None:
+    found = tensor.array.shape
+    if found == expected:
+        return
+    if tensor.array.size == 0 or len(found) < 2:
+        remedy = "Its shards were not gathered (ZeRO-3, FSDP): gather them before save_pretrained"
+    else:
+        remedy = "Serve the adapter with the base it was trained on"
+    raise AdapterError(
+        f"{file}: {tensor.key} has the shape {list(found)}, expected {list(expected)}. {remedy}"
+    )
+
+
+def _check_base_copies(
+    tensors: AdapterTensors, base_weight: Callable[[str], np.ndarray] | None
+) -> None:
+    """Refuses copies of the base's weights that might not be the base's weights.
+
+    LoRA freezes what it adapts, but the vocabulary may have been resized or the base another.
+    """
+    for module, (key, copy) in tensors.base_copies.items():
+        if base_weight is None:
+            reason = f"a copy of the base's {module}, which may differ from the one being served"
+        elif not _equal_when_rounded(copy, base_weight(module)):
+            reason = f"a copy of {module} that differs from that of the base being served"
+        else:
+            continue
+        raise AdapterError(
+            f"{tensors.file}: {key} is {reason}. If the vocabulary was not resized and {module} "
+            "not trained in full, save with save_pretrained(..., save_embedding_layers=False)"
+        )
+
+
+def _equal_when_rounded(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two matrices are equal, or one is the other in a narrower dtype."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(a.astype(b.dtype), b) or np.array_equal(a, b.astype(a.dtype))
+
+
+def _digest(config_content: bytes, tensor_content: bytes) -> str:
+    """SHA-256 of both files; the first one's length keeps `("ab", "c")` and `("a", "bc")` apart."""
+    digest = hashlib.sha256(len(config_content).to_bytes(8, "little"))
+    digest.update(config_content)
+    digest.update(tensor_content)
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's `adapter_model.safetensors`: from the names of its tensors to the modules they adapt.
+
+Knows names and dtypes, not shapes: whether matrices fit the base and each other is for `peft.py`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Self, cast
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from slora_jax.adapters.peft_config import AdapterError
+from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+_BLOCKS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
+    ("gate_proj", "up_proj", "down_proj"), "mlp"
+)
+
+# `….q_proj.lora_A.weight`; of the embedding `….lora_embedding_A`, a bare parameter. What may follow
+# A or B is the adapter's name, which PEFT's own save leaves out.
+_FACTOR_KEY = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
+    r"(\.(?P<adapter>[^.]+))?(?(embedding)|\.weight)"
+)
+_BASE_COPY_KEY = re.compile(
+    r"base_model\.model\.(model\.embed_tokens|lm_head)(\.base_layer)?\.weight"
+)
+
+# What other tensors are, and what to do; the first that is found in the key.
+_STRAYS = (
+    (r"\.lora_magnitude_vector\b", "is of a DoRA adapter. Train with use_dora=False"),
+    (r"\.lora_diag\b", "is of a KaSA adapter. Train without kasa_config"),
+    (r"\.lora_[AB]\b.*\.bias$", "is a bias of a LoRA layer. Train with lora_bias=False"),
+    (r"\.bias$", 'is a bias of the base. Train with bias="none"'),
+    (r"\.trainable_tokens", "holds single embeddings. Train LoRA on embed_tokens instead"),
+    (r"\.experts\b", "is of a mixture of experts. Serve it with the base it was trained on"),
+    (
+        r"^base_model\.model\..*\.lora_(embedding_)?[AB]\b",
+        "adapts a module that the base lacks or that is not served per adapter. "
+        f"Train with target_modules among {', '.join(LAYER_MODULES + OUTER_MODULES)}",
+    ),
+    (r"\.base_layer\.", "is a weight of the base. Save with save_pretrained, which leaves it out"),
+    (r"", "is not a LoRA matrix as PEFT names them. Train without modules_to_save"),
+)
+
+
+class Tensor(NamedTuple):
+    """An array and its name in the file."""
+
+    key: str
+    array: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTensors:
+    """The tensors of one adapter.
+
+    Attributes:
+        file: where they were read, for messages.
+        factors: module path, such as `model.layers.0.mlp.up_proj` -> its "A" and "B"; one may lack.
+        base_copies: `embed_tokens` and `lm_head` as PEFT's `save_embedding_layers` stores them.
+    """
+
+    file: Path
+    factors: Mapping[str, Mapping[str, Tensor]]
+    base_copies: Mapping[str, Tensor]
+
+    @classmethod
+    def parse(cls, content: bytes, config: ModelConfig, file: Path) -> Self:
+        """Reads the content of an `adapter_model.safetensors`.
+
+        Raises:
+            AdapterError: damaged, no LoRA in it, or a tensor that `config`'s base has no place for.
+        """
+        paths = module_paths(config)
+        factors: dict[str, dict[str, Tensor]] = {}
+        base_copies: dict[str, Tensor] = {}
+        adapters: set[str | None] = set()
+        for tensor in _load(content, file):
+            if match := _BASE_COPY_KEY.fullmatch(tensor.key):
+                base_copies[paths[match[1]].module] = tensor
+                continue
+            match = _FACTOR_KEY.fullmatch(tensor.key)
+            place = paths.get(match["path"]) if match else None
+            is_embedding = bool(match and match["embedding"])
+            if not match or not place or is_embedding != (place.module == "embed_tokens"):
+                _refuse_stray(tensor.key, config, file)
+            factors.setdefault(match["path"], {})[match["factor"]] = tensor
+            adapters.add(match["adapter"])
+        if not factors:
+            raise AdapterError(
+                f"{file}: no LoRA matrices in it. Train with target_modules among "
+                f"{', '.join(LAYER_MODULES + OUTER_MODULES)}, and save with save_pretrained"
+            )
+        if len(adapters) > 1:
+            raise AdapterError(
+                f"{file}: tensors of several adapters ({', '.join(sorted(map(str, adapters)))}). "
+                "Save one with save_pretrained(..., selected_adapters=[name])"
+            )
+        return cls(file=file, factors=factors, base_copies=base_copies)
+
+
+class Place(NamedTuple):
+    """Where a module is: its layer, or None outside the layers, and its name there."""
+
+    layer: int | None
+    module: str
+
+
+def module_paths(config: ModelConfig) -> dict[str, Place]:
+    """All modules that an adapter may adapt, by their path in Hugging Face's Llama."""
+    return {
+        "model.embed_tokens": Place(None, "embed_tokens"),
+        "lm_head": Place(None, "lm_head"),
+    } | {
+        f"model.layers.{layer}.{_BLOCKS[module]}.{module}": Place(layer, module)
+        for layer in range(config.num_hidden_layers)
+        for module in LAYER_MODULES
+    }
+
+
+def _load(content: bytes, file: Path) -> list[Tensor]:
+    """The tensors in order of their names, so that of several faults always the same is told."""
+    try:
+        stored = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        raise AdapterError(
+            f"{file}: not a whole safetensors file ({error}). "
+            "It may be truncated or a Git LFS pointer: copy or download it again"
+        ) from error
+    entries = cast(list[tuple[str, dict[str, Any]]], stored)  # the stub has no return type
+    return [
+        Tensor(key, _array(key, entry, file)) for key, entry in sorted(entries, key=itemgetter(0))
+    ]
+
+
+def _array(key: str, entry: Mapping[str, Any], file: Path) -> np.ndarray:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise AdapterError(
+            f"{file}: {key} has the dtype {entry['dtype']}. "
+            "Save the adapter in float32, float16 or bfloat16"
+        )
+    array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    array.flags.writeable = False
+    return array
+
+
+def _refuse_stray(key: str, config: ModelConfig, file: Path) -> NoReturn:
+    layer = re.match(r"base_model\.model\.model\.layers\.([0-9]+)\.", key)
+    if layer and int(layer[1]) >= config.num_hidden_layers:
+        raise AdapterError(
+            f"{file}: {key} is of layer {layer[1]}, but the base has {config.num_hidden_layers} "
+            "layers. Serve the adapter with the base it was trained on"
+        )
+    reason = next(reason for pattern, reason in _STRAYS if re.search(pattern, key))
+    raise AdapterError(f"{file}: {key} {reason}")

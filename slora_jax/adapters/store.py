@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters that the engine knows, packed in host memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pallas_kernels.layout import PageLayout
+from slora_jax.adapters.pack import PackedAdapter, pack
+from slora_jax.adapters.peft import AdapterError, read_adapter
+from slora_jax.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A registered adapter. `digest` is its identity: the same name may hold others over time."""
+
+    path: Path
+    digest: str
+    rank: int
+    packed: PackedAdapter
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.packed.pages)
+
+
+class AdapterStore:
+    """Reads PEFT directories, checks them against the base model, and keeps them packed.
+
+    Args:
+        model_dir: the base model's files; None if it has none (random weights).
+        config: the base model's shape.
+        layout: of the pool's pages.
+        dtype: of the pool.
+        max_rank: largest rank that is accepted.
+        capacity: pages of the pool: an adapter that can never fit is refused here.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: PageLayout,
+        dtype: np.dtype,
+        *,
+        max_rank: int,
+        capacity: int,
+    ):
+        self._config = config
+        self._layout = layout
+        self._dtype = dtype
+        self._max_rank = max_rank
+        self._capacity = capacity
+        self._adapters: dict[str, StoredAdapter] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def __getitem__(self, name: str) -> StoredAdapter:
+        return self._adapters[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def register(self, name: str, path: str | Path) -> StoredAdapter:
+        """Reads an adapter and makes it known by `name`.
+
+        Raises:
+            AdapterError: it is not served as PEFT would; nothing is registered then.
+        """
+        if not name:
+            raise AdapterError("an adapter's name must not be empty")
+        if name in self._adapters:
+            raise AdapterError(
+                f"the adapter {name!r} has already been loaded from "
+                f"{self._adapters[name].path}: unload it first"
+            )
+        adapter = read_adapter(path, self._config, name=name, max_rank=self._max_rank)
+        packed = pack(adapter, self._config, self._layout, self._dtype)
+        stored = StoredAdapter(Path(path), adapter.digest, adapter.max_rank, packed)
+        if stored.num_pages > self._capacity:
+            raise AdapterError(
+                f"the adapter {name!r} of rank {stored.rank} takes {stored.num_pages} pages, the "
+                f"pool has {self._capacity}: raise num_pages"
+            )
+        self._adapters[name] = stored
+        return stored
+
+    def unregister(self, name: str) -> None:
+        del self._adapters[name]
+
+    def packed(self, name: str) -> PackedAdapter:
+        return self._adapters[name].packed
+
+    def num_pages(self, name: str) -> int:
+        return self._adapters[name].num_pages

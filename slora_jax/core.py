@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's vocabulary: requests, what is planned for a step, and what comes out.
+
+Plain Python over plain data: the scheduler and its tests run on this without JAX.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FROM_DEVICE = -1  # a token id that the host doesn't know yet: the slot's last sampled token
+_GREEDY_EPS = 1e-5  # temperatures below it would overflow the logits they divide
+
+
+class RequestError(ValueError):
+    """A request that can't be served as asked; the message names the field and the remedy."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Names, meanings and defaults are vLLM's.
+
+    Attributes:
+        max_tokens: most tokens to generate; None: as many as the model's length allows.
+        min_tokens: end-of-sequence and stop token ids can't be sampled before that many tokens.
+        temperature: 0 is greedy.
+        top_k: 0 or -1: all tokens.
+        top_p: smallest set of most likely tokens whose probability reaches it.
+        min_p: least probability relative to the most likely token's.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in the
+            prompt or the output (CTRL, arXiv 1909.05858). 1: off.
+        presence_penalty: subtracted once from tokens already generated.
+        frequency_penalty: subtracted for each time a token was generated.
+        seed: the same seed, prompt and adapter give the same tokens in any batch.
+        stop: strings that end the output; not part of it unless `include_stop_str_in_output`.
+        stop_token_ids: token ids that end the output, beside the model's end of sequence.
+        ignore_eos: go on past the model's end of sequence.
+        logprobs: log-probabilities of that many most likely tokens at each output position, and of
+            the sampled one; of the model's own distribution, before penalties and temperature.
+        prompt_logprobs: the same for each prompt position but the first.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        checks = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            "min_tokens": (
+                0 <= self.min_tokens <= (self.max_tokens or self.min_tokens),
+                "at least 0 and at most max_tokens",
+            ),
+            "temperature": (0 <= self.temperature < float("inf"), "a number from 0 up"),
+            "top_k": (self.top_k >= -1, "at least 1, or 0 or -1 for all tokens"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 2, "above 0 and at most 2"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "stop": (all(self.stop), "without an empty string"),
+            "logprobs": (self.logprobs is None or self.logprobs >= -1, "at least 0, or -1 for all"),
+            "prompt_logprobs": (
+                self.prompt_logprobs is None or self.prompt_logprobs >= -1,
+                "at least 0, or -1 for all",
+            ),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise RequestError(f"{name} must be {allowed}, got {getattr(self, name)!r}", name)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < _GREEDY_EPS
+
+    @property
+    def penalized(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # end of sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the model's length
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability at one position; rank 1 is the most likely token."""
+
+    logprob: float
+    rank: int
+
+
+# The candidates of one position, by token id: the most likely ones and the token that was there.
+PositionLogprobs = Mapping[int, Logprob]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One request as the scheduler sees it.
+
+    `in_flight` tokens were sampled by steps whose results the host has not read yet; they count as
+    known wherever only their number matters.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    adapter: str | None = None
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    max_output: int = 16
+    output: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are in pages, once dispatched steps end
+    in_flight: int = 0
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None  # line of the device's page table; None while waiting
+    num_preemptions: int = 0
+
+    @property
+    def num_output(self) -> int:
+        return len(self.output) + self.in_flight
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + self.num_output
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that must go through the model before the next one can be sampled."""
+        return 0 if self.num_output >= self.max_output else self.num_tokens - self.num_computed
+
+    @property
+    def known_tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+    def tokens_from(self, start: int, length: int) -> tuple[int, ...]:
+        """Token ids of `length` positions; FROM_DEVICE for those in flight."""
+        prompt = self.prompt[start : start + length]
+        first = max(start - len(self.prompt), 0)
+        known = prompt + self.output[first : first + length - len(prompt)]
+        return (*known, *[FROM_DEVICE] * (length - len(known)))
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One request's part of a step: its tokens from position `start` on."""
+
+    request: Request
+    slot: int
+    adapter_slot: int | None  # None: the base model
+    start: int
+    tokens: tuple[int, ...]  # FROM_DEVICE for one that is still in flight
+    samples: bool  # the last token's logits give the request's next token
+    position: int  # of that next token in the output
+
+
+@dataclass(frozen=True, slots=True)
+class Install:
+    """An adapter's pages to be written before the step."""
+
+    adapter: str
+    adapter_slot: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the scheduler wants of the next step.
+
+    Rows are sorted by adapter slot, the base model's last: rows of one adapter are one segment.
+    `started` requests got their slot, new or again, in this step.
+    """
+
+    rows: tuple[RowPlan, ...]
+    page_updates: tuple[tuple[int, int, int], ...]  # slot, column, page
+    installs: tuple[Install, ...]
+    started: tuple[Request, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def decode_only(self) -> bool:
+        return all(len(row.tokens) == 1 for row in self.rows)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """All that a request has given so far; `new_*` is what this step added."""
+
+    request_id: str
+    adapter: str | None
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    new_token_ids: list[int]
+    new_text: str
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or string; None for end of sequence
+    logprobs: list[PositionLogprobs] | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None  # the first position has none
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None

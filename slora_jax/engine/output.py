@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sampled tokens to what the caller sees: text, stop conditions, log-probabilities."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from slora_jax.core import (
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestOutput,
+)
+from slora_jax.engine.sampler import Logprobs
+from slora_jax.tokenizer import Detokenizer
+
+
+class RequestProgress:
+    """One request's output as it grows.
+
+    Args:
+        request: whose `output` gets the tokens.
+        eos_ids: the model's end-of-sequence tokens.
+        detokenizer: None without a tokenizer: the text stays empty.
+    """
+
+    def __init__(self, request: Request, eos_ids: tuple[int, ...], detokenizer: Detokenizer | None):
+        self.request = request
+        self._eos_ids = eos_ids
+        self._detokenizer = detokenizer
+        self._text = ""
+        self._shown = 0  # characters already handed out
+        params = request.params
+        # What might turn out to be the beginning of a stop string is not handed out yet.
+        self._held_back = max((len(stop) - 1 for stop in params.stop), default=0)
+        self._logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
+        self._prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None] * len(request.prompt)
+
+    def append(self, token: int, logprobs: PositionLogprobs | None) -> RequestOutput:
+        """Takes the next token; the result says whether the request is finished by it."""
+        request, params = self.request, self.request.params
+        request.output.append(token)
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.append(logprobs)
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        if token in request.stop_ids and len(request.output) > params.min_tokens:
+            reason = FinishReason.STOP
+            stop_reason = None if token in self._eos_ids and not params.ignore_eos else token
+        elif self._detokenizer is not None:
+            fresh = self._detokenizer.append(token)
+            self._text += fresh
+            stop_reason = self._find_stop(len(fresh))
+            reason = FinishReason.STOP if stop_reason is not None else None
+        if reason is None and len(request.output) >= request.max_output:
+            reason = FinishReason.LENGTH
+        if reason is not None and self._detokenizer is not None and stop_reason not in params.stop:
+            self._text += self._detokenizer.flush()
+        return self._output([token], reason, stop_reason)
+
+    def abort(self) -> RequestOutput:
+        """Ends the request where it stands."""
+        return self._output([], FinishReason.ABORT, None)
+
+    def set_prompt_logprobs(self, position: int, logprobs: PositionLogprobs) -> None:
+        """Log-probabilities of the prompt token at `position`; the first value counts."""
+        assert self._prompt_logprobs is not None
+        if self._prompt_logprobs[position] is None:
+            self._prompt_logprobs[position] = logprobs
+
+    def _find_stop(self, fresh: int) -> str | None:
+        """Looks for stop strings that end in the last `fresh` characters, and cuts the text."""
+        params = self.request.params
+        if len(self.request.output) <= params.min_tokens:
+            return None
+        best: tuple[int, str] | None = None
+        for stop in params.stop:
+            at = self._text.find(stop, max(len(self._text) - fresh - len(stop) + 1, 0))
+            if at >= 0 and (best is None or at < best[0]):
+                best = at, stop
+        if best is None:
+            return None
+        at, stop = best
+        self._text = self._text[: at + len(stop) * params.include_stop_str_in_output]
+        return stop
+
+    def _output(
+        self, tokens: list[int], reason: FinishReason | None, stop_reason: int | str | None
+    ) -> RequestOutput:
+        end = len(self._text) if reason else max(len(self._text) - self._held_back, self._shown)
+        fresh = self._text[self._shown : end]
+        self._shown = end
+        request = self.request
+        return RequestOutput(
+            request_id=request.id,
+            adapter=request.adapter,
+            prompt_token_ids=request.prompt,
+            token_ids=request.output,
+            text=self._text[:end],
+            new_token_ids=tokens,
+            new_text=fresh,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+        )
+
+
+def position_logprobs(found: Logprobs, k: int) -> Callable[[int, int], PositionLogprobs]:
+    """A function of position and the token there, over arrays that have reached the host."""
+    top, ids, chosen, rank = (np.asarray(field) for field in found)
+
+    def at(position: int, token: int) -> PositionLogprobs:
+        entries = {
+            int(i): Logprob(float(value), place + 1)
+            for place, (i, value) in enumerate(zip(ids[position], top[position], strict=True))
+            if place < k
+        }
+        if token not in entries:
+            entries[token] = Logprob(float(chosen[position]), int(rank[position]))
+        return entries
+
+    return at

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out step plans on the device: owns the pool and all other device state.
+
+Nothing here waits for the device: results are handed out as arrays on their way to the host, to be
+read a step later.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  NumPy's bfloat16
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.layout import PageLayout, ceil_div
+from slora_jax.adapters.pack import PackedAdapter, most_pages
+from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
+from slora_jax.core import Install, Request, RowPlan, StepPlan
+from slora_jax.engine import programs
+from slora_jax.engine.programs import StepShape
+from slora_jax.engine.sampler import Logprobs, PenaltyInputs, SamplingInputs, TokenCounts
+from slora_jax.model.inputs import Bucket, StepInputs
+from slora_jax.model.llama import LoraMode, LoraTables
+from slora_jax.model.weights import LlamaWeights
+
+logger = logging.getLogger(__name__)
+
+INSTALL_PAGES = 8  # pages of one install: the most that a step waits for before it goes on
+MOST_BANNED = 16  # token ids that `min_tokens` can hold back, a row
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gives, still on its way from the device. Row r is `plan.rows[r]`."""
+
+    plan: StepPlan
+    tokens: Array  # int32[B]
+    logprobs: Logprobs | None  # of rows that asked for them, [B, k]
+    prompt_logprobs: Logprobs | None  # of the token after each of the step's tokens, [T, k]
+
+
+class ModelRunner:
+    """The device's side of the engine.
+
+    Args:
+        weights: on the device.
+        config: the model's shape.
+        options: the engine's; `num_pages` and `max_model_len` are set.
+        layout: of pages.
+        packed: gives an adapter as it is to be installed, by name.
+    """
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        config: ModelConfig,
+        options: EngineConfig,
+        layout: PageLayout,
+        packed: Callable[[str], PackedAdapter],
+    ):
+        assert options.num_pages is not None
+        assert options.max_model_len is not None
+        self._weights = weights
+        self._config = config
+        self._options = options
+        self._packed = packed
+        self.dtype = weights.embed_tokens.dtype
+        layers, slots, vocab = config.num_hidden_layers, options.max_num_seqs, config.vocab_size
+        self.pool = jnp.zeros((layers, options.num_pages, layout.page_elems), self.dtype)
+        columns = ceil_div(options.max_model_len, layout.page_size)
+        self._page_table = jnp.zeros((slots, columns), jnp.int32)
+        self._last_token = jnp.zeros(slots, jnp.int32)
+        lines = (options.max_loras, layers + 1, len(LAYER_MODULES))
+        self._tables = LoraTables(
+            jnp.zeros((options.max_loras, most_pages(options.max_lora_rank, config, layout)), int),
+            jnp.zeros(lines, jnp.int32),
+            jnp.zeros(lines, jnp.int32),
+            jnp.zeros(lines, jnp.float32),
+        )
+        self._counts: TokenCounts | None = None  # made when the first request has penalties
+        self._vocab = vocab
+        self._shape = StepShape(
+            Bucket(0, 0, 0), False, "none", options.max_lora_rank, config, layout
+        )
+        self._buckets = _Buckets(slots, options.max_num_batched_tokens, layout.page_size)
+        self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
+        self._compiled: set[Any] = set()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Dispatches installs, the model and the sampler; waits for none of them."""
+        for install in plan.installs:
+            self._install(install)
+        for request in plan.started:
+            if request.params.penalized:
+                self._start_counting(request)
+        shape = replace(
+            self._shape,
+            bucket=self._buckets.of(plan),
+            decode=plan.decode_only,
+            lora_mode=self._lora_mode(plan),
+        )
+        packed = jnp.asarray(_pack(plan, shape.bucket, self._options))
+        logits, hidden, self.pool, self._page_table = self._say_if_compiling(
+            shape,
+            programs.model_step,
+            self._weights,
+            self.pool,
+            self._page_table,
+            self._last_token,
+            self._tables,
+            packed,
+            shape=shape,
+        )
+        tokens = self._sample(plan, logits)
+        result = StepResult(
+            plan,
+            tokens,
+            self._logprobs(plan, logits, tokens),
+            self._prompt_logprobs(plan, shape, packed, hidden),
+        )
+        jax.copy_to_host_async((result.tokens, result.logprobs, result.prompt_logprobs))
+        return result
+
+    def _install(self, install: Install) -> None:
+        """Writes an adapter into its pages, a fixed number of pages at a time."""
+        packed = self._packed(install.adapter)
+        out_of_range = self.pool.shape[1]
+        for first in range(0, len(install.pages), INSTALL_PAGES):
+            contents = packed.pages[first : first + INSTALL_PAGES]
+            short = INSTALL_PAGES - len(contents)
+            if short:
+                contents = np.pad(contents, ((0, short), (0, 0), (0, 0)))
+            pages = _padded(
+                install.pages[first : first + INSTALL_PAGES], INSTALL_PAGES, out_of_range
+            )
+            self.pool = programs.install_pages(self.pool, pages, contents)
+        pages = _padded(install.pages, self._tables.pages.shape[1], 0)
+        self._tables = programs.install_tables(
+            self._tables, install.adapter_slot, pages, packed.rank, packed.first_tile, packed.scale
+        )
+        self._outer.discard(install.adapter_slot)
+        if packed.rank[-1].any():
+            self._outer.add(install.adapter_slot)
+
+    def _lora_mode(self, plan: StepPlan) -> LoraMode:
+        slots = {row.adapter_slot for row in plan.rows} - {None}
+        if not slots:
+            return "none"
+        return "all" if slots & self._outer else "layers"
+
+    def _sample(self, plan: StepPlan, logits: Array) -> Array:
+        """Chooses each row's next token, and keeps it for the next step."""
+        rows, bucket = plan.rows, logits.shape[0]
+        unused = self._options.max_num_seqs
+        slot = _padded([row.slot if row.samples else unused for row in rows], bucket, unused)
+        penalized = any(row.samples and row.request.params.penalized for row in rows)
+        if penalized:
+            assert self._counts is not None
+            logits = programs.penalize(logits, self._counts, slot, _penalties(rows, bucket))
+        banned = [_banned(row) for row in rows]
+        if any(banned):
+            ids = [_padded(sorted(ids), MOST_BANNED, self._vocab) for ids in banned]
+            filler = np.full((bucket - len(rows), MOST_BANNED), self._vocab, np.int32)
+            logits = programs.ban(logits, np.concatenate([np.stack(ids), filler]))
+        if all(row.request.params.greedy for row in rows):
+            tokens = programs.greedy(logits)
+        else:
+            tokens = programs.sample(logits, _sampling(rows, bucket, self._vocab))
+        if penalized:
+            assert self._counts is not None
+            self._counts = programs.count(self._counts, slot, tokens)
+        self._last_token = programs.remember(self._last_token, slot, tokens)
+        return tokens
+
+    def _logprobs(self, plan: StepPlan, logits: Array, tokens: Array) -> Logprobs | None:
+        asked = [row.request.params.logprobs for row in plan.rows if row.samples]
+        k = self._top_k(asked)
+        return None if k is None else programs.logprobs(logits, tokens, k=k)
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, shape: StepShape, packed: Array, hidden: Array
+    ) -> Logprobs | None:
+        asked = [
+            row.request.params.prompt_logprobs
+            for row in plan.rows
+            if row.start < len(row.request.prompt) - 1
+        ]
+        k = self._top_k(asked)
+        if k is None:
+            return None
+        targets: list[int] = []
+        for row in plan.rows:
+            following = row.request.prompt[row.start + 1 : row.start + 1 + len(row.tokens)]
+            targets += following + [0] * (len(row.tokens) - len(following))
+        return programs.prompt_logprobs(
+            self._weights,
+            self.pool,
+            self._tables,
+            packed,
+            hidden,
+            _padded(targets, hidden.shape[0], 0),
+            shape=shape,
+            k=k,
+        )
+
+    def _top_k(self, asked: Sequence[int | None]) -> int | None:
+        """A k that covers all that was asked for, coarse so that few variants are compiled."""
+        wanted = [self._vocab if k == -1 else k for k in asked if k is not None]
+        if not wanted:
+            return None
+        most = max(wanted)
+        return next((k for k in (1, 5, 20) if most <= k <= self._vocab), self._vocab)
+
+    def _start_counting(self, request: Request) -> None:
+        """Puts a request's prompt and output so far into its slot's counts."""
+        if self._counts is None:
+            self._counts = TokenCounts.zeros(self._options.max_num_seqs, self._vocab)
+        output = np.bincount(request.output, minlength=self._vocab).astype(np.int32)
+        in_prompt = np.bincount(request.prompt, minlength=self._vocab) > 0
+        self._counts = programs.reset_counts(self._counts, request.slot, output, in_prompt)
+
+    def _say_if_compiling(self, shape: StepShape, program: Callable, *args: Any, **kwargs: Any):
+        if shape in self._compiled:
+            return program(*args, **kwargs)
+        self._compiled.add(shape)
+        kind = "decode" if shape.decode else "mixed"
+        lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
+        tokens, rows, _ = shape.bucket
+        start = time.monotonic()
+        result = program(*args, **kwargs)
+        logger.info(
+            "compiled the %s step of %d tokens, %d rows, %s in %.1f s",
+            kind,
+            tokens,
+            rows,
+            lora[shape.lora_mode],
+            time.monotonic() - start,
+        )
+        return result
+
+
+class _Buckets:
+    """The shapes that steps are padded to: powers of two for decodes, a few sizes for the rest."""
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int):
+        self._page_size = page_size
+        self._rows = _powers_of_two(1, max_num_seqs)
+        few = max(max_num_batched_tokens // 8, 16)
+        self._tokens = [n for n in _powers_of_two(few, max_num_batched_tokens) if n >= few]
+        self._tokens = sorted(
+            {self._tokens[0], self._tokens[len(self._tokens) // 2], self._tokens[-1]}
+        )
+
+    def of(self, plan: StepPlan) -> Bucket:
+        """The smallest bucket that holds a plan."""
+        rows = next(n for n in self._rows if n >= len(plan.rows))
+        if plan.decode_only:
+            return Bucket(rows, rows, rows)
+        tokens = next(n for n in self._tokens if n >= plan.num_tokens)
+        rows = self._rows[-1]
+        # A row of n tokens enters at most n // page_size + 1 new pages.
+        return Bucket(tokens, rows, tokens // self._page_size + rows)
+
+
+def _powers_of_two(least: int, most: int) -> list[int]:
+    """Powers of two from `least` on, and `most` as the last."""
+    sizes = [least]
+    while sizes[-1] * 2 < most:
+        sizes.append(sizes[-1] * 2)
+    return [*sizes, most] if most > sizes[-1] else sizes
+
+
+def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
+    return np.asarray([*values, *[fill] * (size - len(values))], np.int32)
+
+
+def _pack(plan: StepPlan, bucket: Bucket, options: EngineConfig) -> np.ndarray:
+    """The plan as `StepInputs`, in one array."""
+    rows = plan.rows
+    lengths = [len(row.tokens) for row in rows]
+    segments: list[list[int]] = []  # slot, tokens, rows
+    for row, length in zip(rows, lengths, strict=True):
+        if row.adapter_slot is None:
+            break
+        if not segments or segments[-1][0] != row.adapter_slot:
+            segments.append([row.adapter_slot, 0, 0])
+        segments[-1][1] += length
+        segments[-1][2] += 1
+    fields = {
+        "tokens": [token for row in rows for token in row.tokens],
+        "positions": np.concatenate(
+            [row.start + np.arange(n) for row, n in zip(rows, lengths, strict=True)]
+        ),
+        "row": np.repeat(np.arange(len(rows)), lengths),
+        "slot": [row.slot for row in rows],
+        "query_start": np.cumsum([0, *lengths[:-1]]),
+        "query_len": lengths,
+        "context_len": [row.start + n for row, n in zip(rows, lengths, strict=True)],
+        "segment_slot": [segment[0] for segment in segments],
+        "segment_tokens": [segment[1] for segment in segments],
+        "segment_rows": [segment[2] for segment in segments],
+        "update_slot": [update[0] for update in plan.page_updates],
+        "update_column": [update[1] for update in plan.page_updates],
+        "update_page": [update[2] for update in plan.page_updates],
+    }
+    unused = {"slot": options.max_num_seqs, "update_slot": options.max_num_seqs, "row": bucket.rows}
+    return StepInputs.pack(fields, unused, bucket)
+
+
+def _column(rows: Sequence[RowPlan], bucket: int, name: str, fill: float) -> np.ndarray:
+    values = [getattr(row.request.params, name) for row in rows]
+    return np.asarray([*values, *[fill] * (bucket - len(rows))], np.float32)
+
+
+def _sampling(rows: Sequence[RowPlan], bucket: int, vocab: int) -> SamplingInputs:
+    top_k = [row.request.params.top_k for row in rows]
+    return SamplingInputs(
+        temperature=_column(rows, bucket, "temperature", 0.0),
+        top_k=_padded([k if k > 0 else vocab for k in top_k], bucket, vocab),
+        top_p=_column(rows, bucket, "top_p", 1.0),
+        min_p=_column(rows, bucket, "min_p", 0.0),
+        seed=_padded([row.request.seed for row in rows], bucket, 0),
+        position=_padded([row.position for row in rows], bucket, 0),
+    )
+
+
+def _penalties(rows: Sequence[RowPlan], bucket: int) -> PenaltyInputs:
+    return PenaltyInputs(
+        repetition=_column(rows, bucket, "repetition_penalty", 1.0),
+        presence=_column(rows, bucket, "presence_penalty", 0.0),
+        frequency=_column(rows, bucket, "frequency_penalty", 0.0),
+    )
+
+
+def _banned(row: RowPlan) -> frozenset[int]:
+    """Token ids that would stop a row that has not reached its `min_tokens`."""
+    early = row.samples and row.position < row.request.params.min_tokens
+    return row.request.stop_ids if early else frozenset()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests run in the next step, with how many tokens, on which pages.
+
+Iteration-level scheduling, first come first served: every step, each decoding request gets one
+token, prompts get the rest of the token budget in chunks, and waiting requests are admitted while
+rows, pages and adapter slots last. Output lengths are unknown, so admission is optimistic: when
+pages run out, the request admitted last is preempted and later computed again from its tokens.
+
+The host plans a step before it has read the previous one's tokens. That is safe because the device
+runs steps in order: pages released here may still be written by a step in flight, but only before
+any step planned later touches them.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+
+from slora_jax.adapters.residency import AdapterCache
+from slora_jax.core import Install, Request, RowPlan, StepPlan
+from slora_jax.pool.allocator import PagePool, PageUse
+
+
+class Scheduler:
+    """The queue of waiting requests and the batch of running ones.
+
+    Args:
+        pool: the pages.
+        adapters: the adapters in the pool.
+        page_size: tokens of a KV page.
+        max_num_seqs: most requests in the batch.
+        max_num_batched_tokens: most tokens of a step; at least `max_num_seqs`.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        adapters: AdapterCache,
+        *,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ):
+        self._pool = pool
+        self._adapters = adapters
+        self._page_size = page_size
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.num_preemptions = 0
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        yield from self.running
+        yield from self.waiting
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Its pages, all in all, must fit the pool: the engine has checked."""
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Forgets a request, running or waiting, and frees all it holds."""
+        if request.slot is None:
+            self.waiting.remove(request)
+        else:
+            self._stop(request)
+
+    def schedule(self) -> StepPlan | None:
+        """Plans a step and takes it as dispatched; None if nothing can run now."""
+        plan = _Draft()
+        budget = self._max_num_batched_tokens
+        budget -= sum(request.num_to_compute == 1 for request in self.running)
+        preempted = self.num_preemptions
+        for request in tuple(self.running):
+            wanted = request.num_to_compute
+            chunk = 1 if wanted == 1 else min(wanted, budget)
+            if request.slot is None or chunk == 0 or not self._grow(request, chunk, plan):
+                continue
+            budget -= chunk if wanted > 1 else 0
+            plan.add(request, chunk, self._adapter_slot(request))
+        while self.waiting and budget > 0 and preempted == self.num_preemptions:
+            request = self.waiting[0]
+            if not self._admit(request, plan):
+                break
+            chunk = min(request.num_to_compute, budget)
+            if not self._grow(request, chunk, plan):
+                raise AssertionError("admission promised pages that are not there")
+            budget -= chunk
+            plan.add(request, chunk, self._adapter_slot(request))
+        return plan.finish()
+
+    def _admit(self, request: Request, plan: "_Draft") -> bool:
+        """Gives a waiting request a slot and its adapter, if its tokens so far have room."""
+        if not self._free_slots or request.in_flight:
+            return False  # a preempted request's last token may still be on its way
+        # One more than known, so that the first decode doesn't preempt at once.
+        tokens = min(request.num_tokens + 1, len(request.prompt) + request.max_output - 1)
+        pages = -(-tokens // self._page_size)
+        if request.adapter is None:
+            if not self._adapters.make_room(pages):
+                return False
+        else:
+            acquired = self._adapters.acquire(request.adapter, reserve=pages)
+            if acquired is None:
+                return False
+            plan.installs += [acquired[1]] if acquired[1] else []
+        self.waiting.popleft()
+        request.slot = self._free_slots.pop()
+        self.running.append(request)
+        plan.started.append(request)
+        return True
+
+    def _grow(self, request: Request, tokens: int, plan: "_Draft") -> bool:
+        """Makes pages for the next `tokens` tokens, preempting later requests if it must.
+
+        Returns:
+            False if the request itself, being the last, had to be preempted.
+        """
+        wanted = -(-(request.num_computed + tokens) // self._page_size) - len(request.pages)
+        while not self._adapters.make_room(wanted):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        assert request.slot is not None
+        for page in self._pool.allocate(wanted, PageUse.KV):
+            plan.page_updates.append((request.slot, len(request.pages), page))
+            request.pages.append(page)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._stop(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _stop(self, request: Request) -> None:
+        """Takes a request out of the batch and frees what it holds."""
+        assert request.slot is not None
+        self.running.remove(request)
+        self._free_slots.append(request.slot)
+        request.slot = None
+        self._pool.release(request.pages)
+        request.pages = []
+        if request.adapter is not None:
+            self._adapters.release(request.adapter)
+
+    def _adapter_slot(self, request: Request) -> int | None:
+        return None if request.adapter is None else self._adapters.get(request.adapter).slot
+
+    def check(self, num_slots: int, num_adapter_slots: int) -> None:
+        """Raises AssertionError unless every page, slot and adapter is accounted for."""
+        running = self.running
+        residents = self._adapters.residents
+        self._pool.check((r.pages for r in running), (a.pages for a in residents.values()))
+        users = Counter(r.adapter for r in running if r.adapter is not None)
+        self._adapters.check(dict(users), num_adapter_slots)
+        slots = [r.slot for r in running if r.slot is not None] + self._free_slots
+        assert sorted(slots) == list(range(num_slots)), "a slot of the batch is lost or shared"
+        for request in running:
+            held = -(-request.num_computed // self._page_size)
+            assert len(request.pages) == held, f"{request.id} holds {len(request.pages)} pages"
+        for request in self.waiting:
+            assert not request.pages, f"{request.id} waits but holds pages"
+            assert request.slot is None, f"{request.id} waits but holds a slot"
+            assert request.num_computed == 0, f"{request.id} waits with computed tokens"
+
+
+class _Draft:
+    """A step plan in the making."""
+
+    def __init__(self) -> None:
+        self.rows: list[RowPlan] = []
+        self.page_updates: list[tuple[int, int, int]] = []
+        self.installs: list[Install] = []
+        self.started: list[Request] = []
+
+    def add(self, request: Request, length: int, adapter_slot: int | None) -> None:
+        """Adds a row and counts its tokens as computed, and its sample as in flight."""
+        assert request.slot is not None
+        start = request.num_computed
+        samples = start + length == request.num_tokens
+        self.rows.append(
+            RowPlan(request, request.slot, adapter_slot, start, length, samples, request.num_output)
+        )
+        request.num_computed += length
+        request.in_flight += samples
+
+    def finish(self) -> StepPlan | None:
+        if not self.rows:
+            return None
+        # The kernels work on runs of tokens that share an adapter; the base model's come last.
+        order = sorted(self.rows, key=lambda row: (row.adapter_slot is None, row.adapter_slot or 0))
+        return StepPlan(
+            tuple(order), tuple(self.page_updates), tuple(self.installs), tuple(self.started)
+        )

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama over the page pool: pure functions of weights, pool and step inputs.
+
+LoRA is added to each projection's output, never merged into its weight, by kernels that read the
+adapters' matrices from the pool.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import (
+    PageLayout,
+    Segments,
+    kv_write,
+    lora_expand,
+    lora_lookup,
+    lora_shrink,
+    paged_decode,
+    paged_prefill,
+)
+from pallas_kernels.segments import ModuleTable
+from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
+from slora_jax.model.inputs import StepInputs
+from slora_jax.model.rope import rotate, rotation
+from slora_jax.model.weights import LayerWeights, Linear, LlamaWeights
+
+LoraMode = Literal["none", "layers", "all"]  # "all": some adapter has embed_tokens or lm_head too
+
+
+@struct.dataclass
+class LoraTables:
+    """Where every resident adapter lies; written when an adapter is installed.
+
+    Line L of the layer axis holds the modules that belong to no layer, in the order of
+    `OUTER_MODULES`.
+    """
+
+    pages: Int[Array, "A N"]
+    rank: Int[Array, "A L+1 M"]
+    first_tile: Int[Array, "A L+1 M"]
+    scale: Float[Array, "A L+1 M"]
+
+
+@struct.dataclass
+class Lora:
+    """The adapters of one step. Static: how the kernels are to read them."""
+
+    tables: LoraTables
+    slot: Int[Array, " G"]  # each segment's adapter slot
+    segments: Segments
+    max_rank: int = struct.field(pytree_node=False)
+    layout: PageLayout = struct.field(pytree_node=False)
+
+    def module_table(self, layer: Int[Array, ""] | int, modules: slice) -> ModuleTable:
+        """The lines of `tables` that a kernel needs for neighbouring modules of one layer."""
+        tables = self.tables
+        fields = (tables.rank, tables.first_tile, tables.scale)
+        return ModuleTable(*(field[self.slot, layer, modules] for field in fields))
+
+    def with_lengths(self, length: Int[Array, " G"]) -> "Lora":
+        """The same adapters over other tokens."""
+        return self.replace(segments=self.segments._replace(length=length))
+
+
+def rms_norm(x: Float[Array, "T E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "T E"]:
+    """Root-mean-square norm, computed in float32, scaled in x's dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + eps)
+    return weight * wide.astype(x.dtype)
+
+
+def project(
+    linear: Linear,
+    x: Float[Array, "T I"],
+    pool: Float[Array, "L P elems"],
+    layer: Int[Array, ""],
+    lora: Lora | None,
+    names: tuple[str, ...],
+    config: ModelConfig,
+) -> Float[Array, "T O"]:
+    """The fused projection `names`, with each token's own adapter added."""
+    y = linear(x)
+    if lora is None:
+        return y
+    first = LAYER_MODULES.index(names[0])
+    table = lora.module_table(layer, slice(first, first + len(names)))
+    options = {"layout": lora.layout}
+    h = lora_shrink(x, pool, layer, lora.segments, table, max_rank=lora.max_rank, **options)
+    outputs = tuple(config.projection_shape(name)[1] for name in names)
+    return lora_expand(
+        y, h, pool, layer, lora.segments, table, inputs=x.shape[1], outputs=outputs, **options
+    )
+
+
+@struct.dataclass
+class Attention:
+    """What every layer's attention needs to know of the step."""
+
+    inputs: StepInputs
+    page_table: Int[Array, "B N"]
+    page: Int[Array, " T"]  # of each token's new key and value
+    offset: Int[Array, " T"]
+    cos: Float[Array, "T 1 D"]
+    sin: Float[Array, "T 1 D"]
+    layout: PageLayout = struct.field(pytree_node=False)
+    decode: bool = struct.field(pytree_node=False)  # every row is one token: T = B
+
+    def __call__(
+        self,
+        q: Float[Array, "T H D"],
+        k: Float[Array, "T K D"],
+        v: Float[Array, "T K D"],
+        pool: Float[Array, "L P elems"],
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "T H D"], Float[Array, "L P elems"]]:
+        """Stores the new keys and values, then attends over all of each request's."""
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        pool = kv_write(pool, layer, k, v, self.page, self.offset, layout=self.layout)
+        step, table = self.inputs, self.page_table
+        if self.decode:
+            return paged_decode(q, pool, layer, table, step.context_len, layout=self.layout), pool
+        spans = step.query_start, step.query_len, step.context_len
+        return paged_prefill(q, pool, layer, table, *spans, layout=self.layout), pool
+
+
+@partial(jax.jit, static_argnames="config")
+def decoder_layer(
+    x: Float[Array, "T E"],
+    pool: Float[Array, "L P elems"],
+    layer: Int[Array, ""],
+    weights: LayerWeights,
+    attention: Attention,
+    lora: Lora | None,
+    config: ModelConfig,
+) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
+    """One layer. Jitted, with the layer's number traced: L layers are traced and lowered once."""
+    tokens = x.shape[0]
+    heads = config.num_attention_heads, config.num_key_value_heads
+    linear = partial(project, pool=pool, layer=layer, lora=lora, config=config)
+
+    z = rms_norm(x, weights.input_norm, config.rms_norm_eps)
+    qkv = linear(weights.qkv, z, names=("q_proj", "k_proj", "v_proj"))
+    qkv = qkv.reshape(tokens, heads[0] + 2 * heads[1], config.head_dim)
+    q, k, v = jnp.split(qkv, (heads[0], heads[0] + heads[1]), axis=1)
+    attended, pool = attention(q, k, v, pool, layer)
+    linear = partial(linear, pool=pool)
+    x = x + linear(weights.o, attended.reshape(tokens, -1), names=("o_proj",))
+
+    z = rms_norm(x, weights.post_attention_norm, config.rms_norm_eps)
+    gate, up = jnp.split(linear(weights.gate_up, z, names=("gate_proj", "up_proj")), 2, axis=1)
+    x = x + linear(weights.down, jax.nn.silu(gate) * up, names=("down_proj",))
+    return x, pool
+
+
+def embed(
+    weights: LlamaWeights,
+    tokens: Int[Array, " T"],
+    pool: Float[Array, "L P elems"],
+    lora: Lora | None,
+    config: ModelConfig,
+) -> Float[Array, "T E"]:
+    """Token embeddings; `lora` where some adapter of the step adapts `embed_tokens`."""
+    x = weights.embed_tokens.at[tokens].get(mode="clip")
+    if lora is None:
+        return x
+    table = lora.module_table(config.num_hidden_layers, _outer("embed_tokens"))
+    vocab, outputs = config.projection_shape("embed_tokens")
+    options = {"layout": lora.layout}
+    h = lora_lookup(
+        tokens, pool, lora.segments, table, vocab=vocab, max_rank=lora.max_rank, **options
+    )
+    return lora_expand(
+        x, h, pool, None, lora.segments, table, inputs=vocab, outputs=(outputs,), **options
+    )
+
+
+def head(
+    weights: LlamaWeights,
+    hidden: Float[Array, "n E"],
+    pool: Float[Array, "L P elems"],
+    lora: Lora | None,
+    config: ModelConfig,
+) -> Float[Array, "n V"]:
+    """Logits in float32; `lora` where some adapter of the step adapts `lm_head`."""
+    lm_head = weights.lm_head or Linear(weights.embed_tokens)
+    logits = lm_head(hidden)
+    if lora is not None:
+        table = lora.module_table(config.num_hidden_layers, _outer("lm_head"))
+        options = {"layout": lora.layout}
+        h = lora_shrink(hidden, pool, None, lora.segments, table, max_rank=lora.max_rank, **options)
+        size = {"inputs": hidden.shape[1], "outputs": (logits.shape[1],)}
+        logits = lora_expand(logits, h, pool, None, lora.segments, table, **size, **options)
+    return logits.astype(jnp.float32)
+
+
+def forward(
+    weights: LlamaWeights,
+    pool: Float[Array, "L P elems"],
+    page_table: Int[Array, "slots N"],
+    tokens: Int[Array, " T"],
+    inputs: StepInputs,
+    lora: Lora | None,
+    *,
+    config: ModelConfig,
+    layout: PageLayout,
+    decode: bool,
+    lora_mode: LoraMode,
+) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
+    """The final hidden states of a step's tokens, and the pool with their keys and values."""
+    rows = page_table.at[inputs.slot].get(mode="clip")
+    column = (inputs.positions // layout.page_size)[:, None]
+    own = rows.at[inputs.row].get(mode="clip")
+    page = jnp.take_along_axis(own, column, axis=1, mode="clip")[:, 0]
+    cos, sin = rotation(inputs.positions, config)
+    attention = Attention(
+        inputs=inputs,
+        page_table=rows,
+        page=jnp.where(inputs.row < rows.shape[0], page, pool.shape[1]),  # padding writes nothing
+        offset=inputs.positions % layout.page_size,
+        cos=cos,
+        sin=sin,
+        layout=layout,
+        decode=decode,
+    )
+    x = embed(weights, tokens, pool, lora if lora_mode == "all" else None, config)
+    for number, layer in enumerate(weights.layers):
+        x, pool = decoder_layer(x, pool, jnp.int32(number), layer, attention, lora, config)
+    return rms_norm(x, weights.norm, config.rms_norm_eps), pool
+
+
+def _outer(name: str) -> slice:
+    index = OUTER_MODULES.index(name)
+    return slice(index, index + 1)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a Llama as a pytree."""
+
+import jax
+from flax import struct
+from jaxtyping import Array, Float
+
+
+@struct.dataclass
+class Linear:
+    """`y = x Wᵀ + b`. `scale` is for a quantised base, and None otherwise."""
+
+    weight: Float[Array, "O I"]
+    bias: Float[Array, " O"] | None = None
+    scale: Float[Array, " O"] | None = None
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        y = jax.lax.dot_general(x, self.weight, (((1,), (1,)), ((), ())))
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+@struct.dataclass
+class LayerWeights:
+    """One decoder layer. `qkv` and `gate_up` are fused, interleaved per tensor-parallel shard."""
+
+    input_norm: Float[Array, " E"]
+    qkv: Linear
+    o: Linear
+    post_attention_norm: Float[Array, " E"]
+    gate_up: Linear
+    down: Linear
+
+
+@struct.dataclass
+class LlamaWeights:
+    """A whole Llama. `lm_head` is None when it is tied to the embedding."""
+
+    embed_tokens: Float[Array, "V E"]
+    layers: tuple[LayerWeights, ...]
+    norm: Float[Array, " E"]
+    lm_head: Linear | None
