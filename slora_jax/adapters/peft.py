@@ -217,7 +217,7 @@ def _check_base_copies(
 
     LoRA freezes what it adapts, but the vocabulary may have been resized or the base another.
     """
-    for module, (key, copy) in tensors.base_copies.items():
+    for module, (key, copy) in tensors.base_copies:
         if base_weight is None:
             reason = f"a copy of the base's {module}, which may differ from the one being served"
         elif not _equal_when_rounded(copy, base_weight(module)):

@@ -16,14 +16,14 @@ from typing import Any, Self
 
 import numpy as np
 
-_READ = frozenset({
+READ_FIELDS = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "init_lora_weights",
 })  # fmt: skip
 
 # They say how an adapter was found, placed or trained; its tensors are what that came to.
 # `fan_in_fan_out` is about the base's weight: a merge transposes the product, A and B never change.
-_IGNORED = frozenset({
+IGNORED_FIELDS = frozenset({
     "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision",
     "peft_version", "runtime_config", "fan_in_fan_out", "lora_dropout",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -32,7 +32,7 @@ _IGNORED = frozenset({
 })  # fmt: skip
 
 # Field -> why it cannot be served and what to do, for values other than null, false, empty, "none".
-_REFUSED: Mapping[str, str] = {
+REFUSED_FIELDS: Mapping[str, str] = {
     "use_dora": "DoRA rescales the base weights. Train with use_dora=False",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) is off for a part of the prompt. "
     "Train without alora_invocation_tokens",
@@ -150,9 +150,9 @@ def _json_object(content: bytes, file: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(fields: Mapping[str, Any], file: Path) -> None:
     for field, value in fields.items():
-        if field in _READ or field in _IGNORED or _is_off(value):
+        if field in READ_FIELDS or field in IGNORED_FIELDS or _is_off(value):
             continue
-        reason = _REFUSED.get(
+        reason = REFUSED_FIELDS.get(
             field,
             "this field is not known and might change the result. "
             "If it does not, set it to null in the file",

@@ -5,7 +5,7 @@ Knows names and dtypes, not shapes: whether matrices fit the base and each other
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -66,12 +66,13 @@ class AdapterTensors:
     Attributes:
         file: where they were read, for messages.
         factors: module path, such as `model.layers.0.mlp.up_proj` -> its "A" and "B"; one may lack.
-        base_copies: `embed_tokens` and `lm_head` as PEFT's `save_embedding_layers` stores them.
+        base_copies: module and tensor of each copy of the base's `embed_tokens` or `lm_head`, which
+            PEFT's `save_embedding_layers` adds.
     """
 
     file: Path
     factors: Mapping[str, Mapping[str, Tensor]]
-    base_copies: Mapping[str, Tensor]
+    base_copies: Sequence[tuple[str, Tensor]]
 
     @classmethod
     def parse(cls, content: bytes, config: ModelConfig, file: Path) -> Self:
@@ -82,11 +83,11 @@ class AdapterTensors:
         """
         paths = module_paths(config)
         factors: dict[str, dict[str, Tensor]] = {}
-        base_copies: dict[str, Tensor] = {}
+        base_copies: list[tuple[str, Tensor]] = []
         adapters: set[str | None] = set()
         for tensor in _load(content, file):
             if match := _BASE_COPY_KEY.fullmatch(tensor.key):
-                base_copies[paths[match[1]].module] = tensor
+                base_copies.append((paths[match[1]].module, tensor))
                 continue
             match = _FACTOR_KEY.fullmatch(tensor.key)
             place = paths.get(match["path"]) if match else None

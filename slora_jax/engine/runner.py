@@ -7,24 +7,24 @@ read a step later.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  NumPy's bfloat16
 import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.layout import PageLayout, ceil_div
 from slora_jax.adapters.pack import PackedAdapter, most_pages
 from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
-from slora_jax.core import Install, Request, RowPlan, StepPlan
+from slora_jax.core import Install, Request, StepPlan
 from slora_jax.engine import programs
+from slora_jax.engine.packing import Buckets, banned_ids, pack_step, padded, penalties, sampling
 from slora_jax.engine.programs import StepShape
-from slora_jax.engine.sampler import Logprobs, PenaltyInputs, SamplingInputs, TokenCounts
-from slora_jax.model.inputs import Bucket, StepInputs
+from slora_jax.engine.sampler import Logprobs, TokenCounts
+from slora_jax.model.inputs import Bucket
 from slora_jax.model.llama import LoraMode, LoraTables
 from slora_jax.model.weights import LlamaWeights
 
@@ -87,9 +87,9 @@ class ModelRunner:
         self._shape = StepShape(
             Bucket(0, 0, 0), False, "none", options.max_lora_rank, config, layout
         )
-        self._buckets = _Buckets(slots, options.max_num_batched_tokens, layout.page_size)
+        self._buckets = Buckets(slots, options.max_num_batched_tokens, layout.page_size)
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
-        self._compiled: set[Any] = set()
+        self._compiled: set[StepShape] = set()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Dispatches installs, the model and the sampler; waits for none of them."""
@@ -104,18 +104,17 @@ class ModelRunner:
             decode=plan.decode_only,
             lora_mode=self._lora_mode(plan),
         )
-        packed = jnp.asarray(_pack(plan, shape.bucket, self._options))
-        logits, hidden, self.pool, self._page_table = self._say_if_compiling(
-            shape,
-            programs.model_step,
-            self._weights,
-            self.pool,
-            self._page_table,
-            self._last_token,
-            self._tables,
-            packed,
-            shape=shape,
-        )
+        packed = jnp.asarray(pack_step(plan, shape.bucket, self._options.max_num_seqs))
+        with self._announced(shape):
+            logits, hidden, self.pool, self._page_table = programs.model_step(
+                self._weights,
+                self.pool,
+                self._page_table,
+                self._last_token,
+                self._tables,
+                packed,
+                shape=shape,
+            )
         tokens = self._sample(plan, logits)
         result = StepResult(
             plan,
@@ -135,11 +134,11 @@ class ModelRunner:
             short = INSTALL_PAGES - len(contents)
             if short:
                 contents = np.pad(contents, ((0, short), (0, 0), (0, 0)))
-            pages = _padded(
+            pages = padded(
                 install.pages[first : first + INSTALL_PAGES], INSTALL_PAGES, out_of_range
             )
             self.pool = programs.install_pages(self.pool, pages, contents)
-        pages = _padded(install.pages, self._tables.pages.shape[1], 0)
+        pages = padded(install.pages, self._tables.pages.shape[1], 0)
         self._tables = programs.install_tables(
             self._tables, install.adapter_slot, pages, packed.rank, packed.first_tile, packed.scale
         )
@@ -157,20 +156,20 @@ class ModelRunner:
         """Chooses each row's next token, and keeps it for the next step."""
         rows, bucket = plan.rows, logits.shape[0]
         unused = self._options.max_num_seqs
-        slot = _padded([row.slot if row.samples else unused for row in rows], bucket, unused)
+        slot = padded([row.slot if row.samples else unused for row in rows], bucket, unused)
         penalized = any(row.samples and row.request.params.penalized for row in rows)
         if penalized:
             assert self._counts is not None
-            logits = programs.penalize(logits, self._counts, slot, _penalties(rows, bucket))
-        banned = [_banned(row) for row in rows]
+            logits = programs.penalize(logits, self._counts, slot, penalties(rows, bucket))
+        banned = [banned_ids(row) for row in rows]
         if any(banned):
-            ids = [_padded(sorted(ids), MOST_BANNED, self._vocab) for ids in banned]
+            ids = [padded(sorted(ids), MOST_BANNED, self._vocab) for ids in banned]
             filler = np.full((bucket - len(rows), MOST_BANNED), self._vocab, np.int32)
             logits = programs.ban(logits, np.concatenate([np.stack(ids), filler]))
         if all(row.request.params.greedy for row in rows):
             tokens = programs.greedy(logits)
         else:
-            tokens = programs.sample(logits, _sampling(rows, bucket, self._vocab))
+            tokens = programs.sample(logits, sampling(rows, bucket, self._vocab))
         if penalized:
             assert self._counts is not None
             self._counts = programs.count(self._counts, slot, tokens)
@@ -203,7 +202,7 @@ class ModelRunner:
             self._tables,
             packed,
             hidden,
-            _padded(targets, hidden.shape[0], 0),
+            padded(targets, hidden.shape[0], 0),
             shape=shape,
             k=k,
         )
@@ -224,120 +223,18 @@ class ModelRunner:
         in_prompt = np.bincount(request.prompt, minlength=self._vocab) > 0
         self._counts = programs.reset_counts(self._counts, request.slot, output, in_prompt)
 
-    def _say_if_compiling(self, shape: StepShape, program: Callable, *args: Any, **kwargs: Any):
+    @contextmanager
+    def _announced(self, shape: StepShape) -> Iterator[None]:
+        """Says what is compiled, and how long it took: the first call of a shape compiles it."""
         if shape in self._compiled:
-            return program(*args, **kwargs)
-        self._compiled.add(shape)
+            yield
+            return
         kind = "decode" if shape.decode else "mixed"
         lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
         tokens, rows, _ = shape.bucket
+        what = f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}"
+        logger.info("compiling the %s", what)
         start = time.monotonic()
-        result = program(*args, **kwargs)
-        logger.info(
-            "compiled the %s step of %d tokens, %d rows, %s in %.1f s",
-            kind,
-            tokens,
-            rows,
-            lora[shape.lora_mode],
-            time.monotonic() - start,
-        )
-        return result
-
-
-class _Buckets:
-    """The shapes that steps are padded to: powers of two for decodes, a few sizes for the rest."""
-
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int):
-        self._page_size = page_size
-        self._rows = _powers_of_two(1, max_num_seqs)
-        few = max(max_num_batched_tokens // 8, 16)
-        self._tokens = [n for n in _powers_of_two(few, max_num_batched_tokens) if n >= few]
-        self._tokens = sorted(
-            {self._tokens[0], self._tokens[len(self._tokens) // 2], self._tokens[-1]}
-        )
-
-    def of(self, plan: StepPlan) -> Bucket:
-        """The smallest bucket that holds a plan."""
-        rows = next(n for n in self._rows if n >= len(plan.rows))
-        if plan.decode_only:
-            return Bucket(rows, rows, rows)
-        tokens = next(n for n in self._tokens if n >= plan.num_tokens)
-        rows = self._rows[-1]
-        # A row of n tokens enters at most n // page_size + 1 new pages.
-        return Bucket(tokens, rows, tokens // self._page_size + rows)
-
-
-def _powers_of_two(least: int, most: int) -> list[int]:
-    """Powers of two from `least` on, and `most` as the last."""
-    sizes = [least]
-    while sizes[-1] * 2 < most:
-        sizes.append(sizes[-1] * 2)
-    return [*sizes, most] if most > sizes[-1] else sizes
-
-
-def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
-    return np.asarray([*values, *[fill] * (size - len(values))], np.int32)
-
-
-def _pack(plan: StepPlan, bucket: Bucket, options: EngineConfig) -> np.ndarray:
-    """The plan as `StepInputs`, in one array."""
-    rows = plan.rows
-    lengths = [len(row.tokens) for row in rows]
-    segments: list[list[int]] = []  # slot, tokens, rows
-    for row, length in zip(rows, lengths, strict=True):
-        if row.adapter_slot is None:
-            break
-        if not segments or segments[-1][0] != row.adapter_slot:
-            segments.append([row.adapter_slot, 0, 0])
-        segments[-1][1] += length
-        segments[-1][2] += 1
-    fields = {
-        "tokens": [token for row in rows for token in row.tokens],
-        "positions": np.concatenate(
-            [row.start + np.arange(n) for row, n in zip(rows, lengths, strict=True)]
-        ),
-        "row": np.repeat(np.arange(len(rows)), lengths),
-        "slot": [row.slot for row in rows],
-        "query_start": np.cumsum([0, *lengths[:-1]]),
-        "query_len": lengths,
-        "context_len": [row.start + n for row, n in zip(rows, lengths, strict=True)],
-        "segment_slot": [segment[0] for segment in segments],
-        "segment_tokens": [segment[1] for segment in segments],
-        "segment_rows": [segment[2] for segment in segments],
-        "update_slot": [update[0] for update in plan.page_updates],
-        "update_column": [update[1] for update in plan.page_updates],
-        "update_page": [update[2] for update in plan.page_updates],
-    }
-    unused = {"slot": options.max_num_seqs, "update_slot": options.max_num_seqs, "row": bucket.rows}
-    return StepInputs.pack(fields, unused, bucket)
-
-
-def _column(rows: Sequence[RowPlan], bucket: int, name: str, fill: float) -> np.ndarray:
-    values = [getattr(row.request.params, name) for row in rows]
-    return np.asarray([*values, *[fill] * (bucket - len(rows))], np.float32)
-
-
-def _sampling(rows: Sequence[RowPlan], bucket: int, vocab: int) -> SamplingInputs:
-    top_k = [row.request.params.top_k for row in rows]
-    return SamplingInputs(
-        temperature=_column(rows, bucket, "temperature", 0.0),
-        top_k=_padded([k if k > 0 else vocab for k in top_k], bucket, vocab),
-        top_p=_column(rows, bucket, "top_p", 1.0),
-        min_p=_column(rows, bucket, "min_p", 0.0),
-        seed=_padded([row.request.seed for row in rows], bucket, 0),
-        position=_padded([row.position for row in rows], bucket, 0),
-    )
-
-
-def _penalties(rows: Sequence[RowPlan], bucket: int) -> PenaltyInputs:
-    return PenaltyInputs(
-        repetition=_column(rows, bucket, "repetition_penalty", 1.0),
-        presence=_column(rows, bucket, "presence_penalty", 0.0),
-        frequency=_column(rows, bucket, "frequency_penalty", 0.0),
-    )
-
-
-def _banned(row: RowPlan) -> frozenset[int]:
-    """Token ids that would stop a row that has not reached its `min_tokens`."""
-    early = row.samples and row.position < row.request.params.min_tokens
-    return row.request.stop_ids if early else frozenset()
+        yield
+        self._compiled.add(shape)
+        logger.info("compiled the %s in %.1f s", what, time.monotonic() - start)

@@ -180,8 +180,9 @@ class _Draft:
         assert request.slot is not None
         start = request.num_computed
         samples = start + length == request.num_tokens
+        tokens = request.tokens_from(start, length)
         self.rows.append(
-            RowPlan(request, request.slot, adapter_slot, start, length, samples, request.num_output)
+            RowPlan(request, request.slot, adapter_slot, start, tokens, samples, request.num_output)
         )
         request.num_computed += length
         request.in_flight += samples

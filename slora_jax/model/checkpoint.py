@@ -26,6 +26,7 @@ class Checkpoint:
     Opening reads only the files' headers, and so finds a missing or truncated file at once.
 
     Attributes:
+        model_dir: the directory.
         shapes: the shape of every tensor.
 
     Raises:
@@ -33,6 +34,7 @@ class Checkpoint:
     """
 
     def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._item_bytes: dict[str, int] = {}
         self._homes: dict[str, tuple[Path, Any]] = {}
@@ -90,9 +92,14 @@ class Checkpoint:
         """Whether two tensors are equal, without holding either as a whole."""
         if self.shapes[name] != self.shapes[other]:
             return False
-        starts = range(0, self.shapes[name][0], _COMPARED_ROWS)
-        blocks = (slice(start, start + _COMPARED_ROWS) for start in starts)
-        return all(np.array_equal(self.read(name, rows), self.read(other, rows)) for rows in blocks)
+        rows = self.shapes[name][0]
+        blocks = (
+            slice(start, min(start + _COMPARED_ROWS, rows))
+            for start in range(0, rows, _COMPARED_ROWS)
+        )
+        return all(
+            np.array_equal(self.read(name, block), self.read(other, block)) for block in blocks
+        )
 
 
 def _find_files(model_dir: Path) -> list[Path]:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exactness to Hugging Face Transformers + PEFT, in float32, over the full vocabulary.
+
+All requests of a case run in one mixed batch: several adapters, base rows, prompts longer than a
+chunk, and, in a tight pool, preempted requests.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from slora_jax import Engine, SamplingParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.json"))
+CHUNK = 16  # tokens of a step: prompts of up to 45 tokens take several
+CLEAR = 1e-3  # where the reference's two best tokens are closer, either may be chosen
+
+
+def serve(case: Path, requests: list[dict], num_pages: int | None) -> tuple[Engine, list]:
+    """All requests in one engine; its books are checked after every step."""
+    adapters = {path.name: path for path in sorted((case / "adapters").iterdir())}
+    engine = Engine(
+        case / "model",
+        adapters=adapters,
+        dtype="float32",
+        num_pages=num_pages,
+        max_num_seqs=8,
+        max_num_batched_tokens=CHUNK,
+        max_logprobs=-1,
+    )
+    ids = []
+    for request in requests:
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=len(request["tokens"]),
+            ignore_eos=True,
+            logprobs=-1,
+            prompt_logprobs=-1,
+        )
+        ids.append(engine.add_request(request["prompt"], params, adapter=request["adapter"]))
+    finished = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            finished[output.request_id] = output
+        engine.check()
+    return engine, [finished[i] for i in ids]
+
+
+def table(output, vocab: int) -> np.ndarray:
+    """Log-probabilities `[P + N - 1, V]`: row t is the distribution of token t + 1."""
+    positions = [*output.prompt_logprobs[1:], *output.logprobs]
+    return np.array([[position[v].logprob for v in range(vocab)] for position in positions])
+
+
+def tight(case: Path, requests: list[dict]) -> int:
+    """A number of pages that holds every adapter, and KV of half of the requests."""
+    engine, _ = serve(case, requests[:1], None)
+    adapters = sum(engine.adapters.num_pages(name) for name in engine.adapters.names)
+    kv = [-(-(len(r["prompt"]) + len(r["tokens"]) - 1) // 16) for r in requests]
+    return 1 + adapters + max(max(kv), sum(kv) // 2)
+
+
+@pytest.mark.parametrize("room", ["roomy", "tight"])
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name, room):
+    case = GOLDEN / name
+    requests = json.loads((case / "reference.json").read_text())["requests"]
+    reference = load_file(case / "reference.safetensors")
+    assert {r["adapter"] for r in requests} > {None}
+    with jax.default_matmul_precision("highest"):
+        pages = tight(case, requests) if room == "tight" else None
+        engine, outputs = serve(case, requests, pages)
+    assert (engine.scheduler.num_preemptions > 0) == (room == "tight")
+    assert max(len(r["prompt"]) for r in requests) > CHUNK
+    for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+        want = reference[f"logprobs.{index}"]
+        np.testing.assert_allclose(table(output, want.shape[1]), want, atol=2e-4, rtol=0)
+        for got, token, gap in zip(
+            output.token_ids, request["tokens"], request["gaps"], strict=True
+        ):
+            assert got == token or gap < CLEAR
+
+
+def live_reference():
+    """The script that made the golden files, where what it needs is installed."""
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package)
+    spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.reference
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_live(name):
+    """The same comparison against the installed Transformers and PEFT, with other prompts."""
+    reference = live_reference()
+    case = GOLDEN / name
+    requests = json.loads((case / "reference.json").read_text())["requests"]
+    wanted = []
+    for request in requests:
+        request["prompt"] = request["prompt"][::-1]
+        adapter = request["adapter"] and case / "adapters" / request["adapter"]
+        tokens, logprobs = reference(case / "model", adapter, request["prompt"], 6)
+        request["tokens"] = [int(token) for token in tokens]
+        wanted.append(np.asarray(logprobs))
+    with jax.default_matmul_precision("highest"):
+        _, outputs = serve(case, requests, None)
+    for request, output, want in zip(requests, outputs, wanted, strict=True):
+        np.testing.assert_allclose(table(output, want.shape[1]), want, atol=2e-4, rtol=0)
+        best = np.sort(want[len(request["prompt"]) - 1 :], axis=1)
+        for got, token, row in zip(output.token_ids, request["tokens"], best, strict=True):
+            assert got == token or row[-1] - row[-2] < CLEAR
