@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA matrices to slabs of tiles and back; `layout.py` describes the format."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.segments import Segments
 
 
 def pack_matrix(
@@ -51,7 +51,7 @@ def tile_address(
 def read_matrix(
     pool: Shaped[Array, "L P E"],
     layer: Int[Array, ""] | None,
-    pages: Int[Array, "G N"],
+    segments: Segments,
     first_tile: Int[Array, " G"],
     rank: Int[Array, " G"],
     *,
@@ -59,21 +59,24 @@ def read_matrix(
     max_rank: int,
     layout: PageLayout,
 ) -> Shaped[Array, "G R C"]:
-    """One LoRA matrix of every segment, with zeros in the rows past its rank."""
+    """One LoRA matrix of every segment; zeros past its rank, and for segments without tokens."""
     slabs, stride = ceil_div(max_rank, SLAB_RANKS), layout.slab_tiles(columns)
     used = ceil_div(columns, TILE_COLUMNS)
     offset = stride * jnp.arange(slabs)[:, None] + jnp.arange(used)
-    where = tile_address(first_tile[:, None, None] + offset, pages, layer, pool.shape[0], layout)
+    where = tile_address(
+        first_tile[:, None, None] + offset, segments.pages, layer, pool.shape[0], layout
+    )
     tiles = pool.reshape(*pool.shape[:2], layout.tiles_per_page, -1).at[where].get(mode="clip")
     groups = tiles.reshape(-1, slabs, used, SLAB_RANKS, SLAB_RANKS, TILE)
     rows = groups.transpose(0, 1, 4, 2, 3, 5).reshape(-1, slabs * SLAB_RANKS, used * TILE_COLUMNS)
     # What lies past the rank is somebody else's: select, never multiply by zero.
+    rank = jnp.where(segments.length > 0, rank, 0)
     mine = jnp.arange(max_rank)[:, None] < rank[:, None, None]
     return jnp.where(mine, rows[:, :max_rank, :columns], jnp.zeros((), pool.dtype))
 
 
-def segment_matmul(
-    x: Shaped[Array, "T I"], matrices: Shaped[Array, "G I O"], length: Int[Array, " G"]
-) -> Shaped[Array, "T O"]:
-    """Each segment's tokens times its own matrix, in float32; zeros past the last segment."""
-    return jax.lax.ragged_dot(x, matrices, length, preferred_element_type=jnp.float32)
+def owners(segments: Segments, tokens: int) -> Bool[Array, "T G"]:
+    """Which segment each token belongs to; none for the base model's tokens."""
+    ends = jnp.cumsum(segments.length)
+    token = jnp.arange(tokens)[:, None]
+    return (token < ends) & (token >= ends - segments.length)

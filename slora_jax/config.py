@@ -102,6 +102,8 @@ class EngineConfig:
         max_model_len: most tokens of a request; None: the model's `max_position_embeddings`.
         max_num_seqs: most requests in a batch.
         max_num_batched_tokens: most tokens of a step; longer prompts are computed in chunks.
+        decode_batch_sizes: sizes that decode steps are compiled for and padded to, the last one
+            `max_num_seqs`; None: powers of two. Fewer compile faster.
         max_loras: most adapters in the pool at once.
         max_lora_rank: largest rank that an adapter may have.
         max_logprobs: most log-probabilities a position that a request may ask for; -1: all.
@@ -116,12 +118,14 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    decode_batch_sizes: tuple[int, ...] | None = None
     max_loras: int = 256
     max_lora_rank: int = 64
     max_logprobs: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
+        sizes = self.decode_batch_sizes
         checks = {
             "page_size": (self.page_size in (16, 32, 64), "16, 32 or 64"),
             "num_pages": (self.num_pages is None or self.num_pages >= 2, "at least 2"),
@@ -134,6 +138,15 @@ class EngineConfig:
             "max_num_batched_tokens": (
                 self.max_num_batched_tokens >= self.max_num_seqs,
                 f"at least max_num_seqs ({self.max_num_seqs}), one token for each request",
+            ),
+            "decode_batch_sizes": (
+                sizes is None
+                or (
+                    list(sizes) == sorted(set(sizes))
+                    and sizes[:1] >= (1,)
+                    and sizes[-1] == self.max_num_seqs
+                ),
+                f"ascending, from 1 up, and end with max_num_seqs ({self.max_num_seqs})",
             ),
             "max_loras": (self.max_loras >= 1, "at least 1"),
             "max_lora_rank": (self.max_lora_rank >= 1, "at least 1"),

@@ -76,9 +76,6 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     rope_theta, rope_scaling = _read_rope(fields)
     hidden_size = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
-    head_dim = fields.take("head_dim", (int,), None)
-    if head_dim is None:
-        head_dim = _default_head_dim(fields, hidden_size, heads)
     values: dict[str, Any] = {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -86,7 +83,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
         "num_hidden_layers": fields.integer("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", heads),
-        "head_dim": head_dim,
+        "head_dim": _read_head_dim(fields, hidden_size, heads),
         "max_position_embeddings": fields.integer("max_position_embeddings"),
         "rms_norm_eps": fields.number("rms_norm_eps"),
         "rope_theta": rope_theta,
@@ -187,7 +184,10 @@ def _refuse_other_models(fields: _Fields) -> None:
         )
 
 
-def _default_head_dim(fields: _Fields, hidden_size: int, heads: int) -> int:
+def _read_head_dim(fields: _Fields, hidden_size: int, heads: int) -> int:
+    head_dim = fields.take("head_dim", (int,), None)
+    if head_dim is not None:
+        return head_dim
     if heads < 1 or hidden_size % heads:
         raise ModelConfigError(
             f"{fields.where}: hidden_size {hidden_size} is not a multiple of num_attention_heads "

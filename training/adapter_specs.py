@@ -45,7 +45,7 @@ class AdapterSpec:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
-    steps: int = 600
+    steps: int = 300
 
     def rank(self, module: str) -> int:
         """Rank of the LoRA pair on `module`."""
@@ -119,7 +119,7 @@ ADAPTERS: dict[str, AdapterSpec] = {
         AdapterSpec("upper", r=4, lora_alpha=8, target_modules=ATTENTION_PROJECTIONS),
         AdapterSpec("rot13", r=8, lora_alpha=16, target_modules=MLP_PROJECTIONS),
         AdapterSpec("leet", r=16, lora_alpha=32),
-        AdapterSpec("no_vowels", r=12, lora_alpha=24),
+        AdapterSpec("no_vowels", r=12, lora_alpha=24, steps=500),
         AdapterSpec(
             "title",
             r=8,
@@ -129,9 +129,11 @@ ADAPTERS: dict[str, AdapterSpec] = {
         ),
         AdapterSpec("snake_case", r=4, lora_alpha=8, target_modules=("q_proj", "v_proj")),
         AdapterSpec("stars", r=24, lora_alpha=24, target_modules=MLP_PROJECTIONS),
-        AdapterSpec("reverse_words", r=64, lora_alpha=128),
+        AdapterSpec("reverse_words", r=64, lora_alpha=128, steps=700),
         AdapterSpec("exclaim", r=6, lora_alpha=6, target_modules=("o_proj", "down_proj")),
-        AdapterSpec("double", r=32, lora_alpha=12, use_rslora=True),
-        AdapterSpec("initials", r=16, lora_alpha=32, target_modules=ATTENTION_PROJECTIONS),
+        AdapterSpec("double", r=32, lora_alpha=12, use_rslora=True, steps=500),
+        AdapterSpec(
+            "initials", r=16, lora_alpha=32, target_modules=ATTENTION_PROJECTIONS, steps=500
+        ),
     )
 }

@@ -4,14 +4,13 @@
 import jax.numpy as jnp
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout
-from pallas_kernels.slabs import tile_address
+from pallas_kernels.slabs import owners, tile_address
 
 
 def lora_lookup(tokens, pool, segments, table, *, vocab: int, max_rank: int, layout: PageLayout):
     """See `pallas_kernels.lora_lookup.lora_lookup`."""
-    ends = jnp.cumsum(segments.length)
-    segment = jnp.searchsorted(ends, jnp.arange(tokens.shape[0]), side="right")
-    owner = jnp.minimum(segment, ends.shape[0] - 1)
+    owned = owners(segments, tokens.shape[0])
+    owner = jnp.argmax(owned, axis=1)
     ranks = jnp.arange(max_rank)
     tile = (
         table.first_tile[owner, 0, None]
@@ -23,5 +22,5 @@ def lora_lookup(tokens, pool, segments, table, *, vocab: int, max_rank: int, lay
     where = tile_address(tile, segments.pages[owner], None, pool.shape[0], layout)
     tiles = pool.reshape(*pool.shape[:2], layout.tiles_per_page, -1)
     h = tiles.at[(*where, element)].get(mode="clip").astype(jnp.float32)
-    mine = (ranks < table.rank[owner, 0, None]) & (segment < ends.shape[0])[:, None]
+    mine = (ranks < table.rank[owner, 0, None]) & owned.any(axis=1, keepdims=True)
     return jnp.where(mine, h, 0.0)[:, None]

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora_shrink` in plain XLA: gather each segment's A at `max_rank`, then a ragged matmul."""
+"""`lora_shrink` as one plain matmul: every token times every segment's A, then its own is kept."""
 
 import jax.numpy as jnp
 
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.slabs import read_matrix, segment_matmul
+from pallas_kernels.slabs import owners, read_matrix
 
 
 def lora_shrink(x, pool, layer, segments, table, *, max_rank: int, layout: PageLayout):
     """See `pallas_kernels.lora_shrink.lora_shrink`."""
+    options = {"columns": x.shape[1], "max_rank": max_rank, "layout": layout}
     matrices = [
-        read_matrix(
-            pool,
-            layer,
-            segments.pages,
-            table.first_tile[:, m],
-            table.rank[:, m],
-            columns=x.shape[1],
-            max_rank=max_rank,
-            layout=layout,
-        )
+        read_matrix(pool, layer, segments, table.first_tile[:, m], table.rank[:, m], **options)
         for m in range(table.rank.shape[1])
     ]
-    fused = jnp.concatenate(matrices, axis=1).swapaxes(1, 2)
-    return segment_matmul(x, fused, segments.length).reshape(x.shape[0], -1, max_rank)
+    a = jnp.stack(matrices, axis=1)  # [G, M, R, I]
+    h = jnp.einsum("ti,gmri->tgmr", x, a, preferred_element_type=jnp.float32)
+    mine = owners(segments, x.shape[0])[:, :, None, None]
+    return jnp.where(mine, h, 0.0).sum(axis=1)

@@ -22,6 +22,13 @@ _CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
 
+# Without single quotes, so that a shell's quoting leaves it readable.
+_CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    'tensors = torch.load(sys.argv[1], map_location="cpu", weights_only=True); '
+    "save_file({k: v.contiguous().clone() for k, v in tensors.items()}, sys.argv[2])"
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraPair:
@@ -90,17 +97,17 @@ def read_adapter(
     directory = Path(path)
     if not directory.is_dir():
         raise AdapterError(
-            f"{directory}: no such directory. Give the one that holds {_CONFIG_FILE}; "
-            "an adapter from the Hub must be downloaded first"
+            f"{directory}: no such directory. Give one on this machine that holds {_CONFIG_FILE}"
         )
-    config_content = _read(
-        directory / _CONFIG_FILE, "Give a directory that PEFT's save_pretrained wrote"
-    )
-    lora = LoraConfig.parse(config_content, directory / _CONFIG_FILE)
-    tensor_content = _read(directory / _TENSOR_FILE, _how_to_get_tensors(directory))
-    tensors = AdapterTensors.parse(tensor_content, config, directory / _TENSOR_FILE)
+    config_file, tensor_file = directory / _CONFIG_FILE, directory / _TENSOR_FILE
+    config_content = _read(config_file, "Give a directory that PEFT's save_pretrained wrote")
+    lora = LoraConfig.parse(config_content, config_file)
+    tensor_content = _read(tensor_file, _how_to_get_tensors(directory))
+    tensors = AdapterTensors.parse(tensor_content, config, tensor_file)
     _check_base_copies(tensors, base_weight)
     layers, outer = _pairs(tensors, lora, config, max_rank)
+    if lora.tied and config.tie_word_embeddings:
+        _check_tied(outer, tensor_file)
     return Adapter(
         name=name or directory.absolute().name,
         path=directory,
@@ -126,14 +133,9 @@ def _how_to_get_tensors(directory: Path) -> str:
     """What to do when there is no safetensors file; pickles run code, so they are never read."""
     for pickle in _PICKLE_FILES:
         if (directory / pickle).exists():
-            source, target = str(directory / pickle), str(directory / _TENSOR_FILE)
-            code = (
-                "import torch; from safetensors.torch import save_file; "
-                f"tensors = torch.load({source!r}, map_location='cpu', weights_only=True); "
-                "save_file({k: v.contiguous().clone() for k, v in tensors.items()}, "
-                f"{target!r})"
-            )
-            return f"Convert {pickle} with: {shlex.join(['python', '-c', code])}"
+            paths = [str(directory / pickle), str(directory / _TENSOR_FILE)]
+            command = shlex.join(["python", "-c", _CONVERT, *paths])
+            return f"Convert {pickle} with: {command}"
     return "Save the adapter with save_pretrained, which writes it"
 
 
@@ -156,6 +158,22 @@ def _pairs(
         pairs = outer if layer is None else layers[layer]
         pairs[module] = LoraPair(a=a, b=b, scale=lora.scale_of(module_path))
     return layers, outer
+
+
+def _check_tied(outer: Mapping[str, LoraPair], file: Path) -> None:
+    """Refuses a tied pair that is stored for one use only, or differently for both.
+
+    PEFT then decides by rules of its own which one both uses get; as stored, both are as trained.
+    """
+    if not outer:
+        return
+    embed, head = outer.get("embed_tokens"), outer.get("lm_head")
+    if embed and head and np.array_equal(embed.a, head.b.T) and np.array_equal(embed.b, head.a.T):
+        return
+    raise AdapterError(
+        f"{file}: with ensure_weight_tying, embed_tokens and lm_head must hold the same pair of "
+        "matrices, transposed. Save the adapter again, or train with ensure_weight_tying=False"
+    )
 
 
 def _matching_factors(

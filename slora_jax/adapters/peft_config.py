@@ -18,7 +18,7 @@ import numpy as np
 
 READ_FIELDS = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-    "init_lora_weights",
+    "init_lora_weights", "ensure_weight_tying",
 })  # fmt: skip
 
 # They say how an adapter was found, placed or trained; its tensors are what that came to.
@@ -45,8 +45,6 @@ REFUSED_FIELDS: Mapping[str, str] = {
     "target_parameters": "LoRA on bare parameters (mixtures of experts) is not served. "
     "Train with target_modules",
     "layer_replication": "the base has other layers then. Train without layer_replication",
-    "ensure_weight_tying": "one LoRA for both embed_tokens and lm_head is not served. "
-    "Train with ensure_weight_tying=False",
     "megatron_config": "Megatron's layers are not served. Train without megatron_config",
     "use_qalora": "QA-LoRA pools a layer's inputs. Train with use_qalora=False",
     "use_bdlora": "BD-LoRA's matrices are block-diagonal. Train without use_bdlora",
@@ -79,6 +77,8 @@ class LoraConfig:
         use_rslora: divide alpha by the root of the rank, not the rank.
         rank_pattern: regular expression of module paths -> rank, in the file's order.
         alpha_pattern: regular expression of module paths -> alpha, in the file's order.
+        tied: `ensure_weight_tying`: on a base with tied embeddings, `embed_tokens` and `lm_head`
+            share one pair of matrices.
     """
 
     file: Path
@@ -87,6 +87,7 @@ class LoraConfig:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    tied: bool
 
     @classmethod
     def parse(cls, content: bytes, file: Path) -> Self:
@@ -116,6 +117,7 @@ class LoraConfig:
             use_rslora=_flag("use_rslora", fields.get("use_rslora"), file),
             rank_pattern=_patterns("rank_pattern", fields.get("rank_pattern"), _rank, file),
             alpha_pattern=_patterns("alpha_pattern", fields.get("alpha_pattern"), _alpha, file),
+            tied=_flag("ensure_weight_tying", fields.get("ensure_weight_tying"), file),
         )
 
     def rank_of(self, module_path: str) -> tuple[int, str]:

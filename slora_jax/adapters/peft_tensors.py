@@ -90,9 +90,7 @@ class AdapterTensors:
                 base_copies.append((paths[match[1]].module, tensor))
                 continue
             match = _FACTOR_KEY.fullmatch(tensor.key)
-            place = paths.get(match["path"]) if match else None
-            is_embedding = bool(match and match["embedding"])
-            if not match or not place or is_embedding != (place.module == "embed_tokens"):
+            if not match or not _is_served(match, paths):
                 _refuse_stray(tensor.key, config, file)
             factors.setdefault(match["path"], {})[match["factor"]] = tensor
             adapters.add(match["adapter"])
@@ -126,6 +124,12 @@ def module_paths(config: ModelConfig) -> dict[str, Place]:
         for layer in range(config.num_hidden_layers)
         for module in LAYER_MODULES
     }
+
+
+def _is_served(match: re.Match[str], paths: Mapping[str, Place]) -> bool:
+    """Whether the base has the module, and its factors are named for what it is."""
+    place = paths.get(match["path"])
+    return place is not None and bool(match["embedding"]) == (place.module == "embed_tokens")
 
 
 def _load(content: bytes, file: Path) -> list[Tensor]:

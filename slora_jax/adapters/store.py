@@ -10,6 +10,7 @@ from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.pack import PackedAdapter, pack
 from slora_jax.adapters.peft import AdapterError, read_adapter
 from slora_jax.config import ModelConfig
+from slora_jax.model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,13 @@ class AdapterStore:
     """Reads PEFT directories, checks them against the base model, and keeps them packed.
 
     Args:
-        model_dir: the base model's files; None if it has none (random weights).
         config: the base model's shape.
         layout: of the pool's pages.
         dtype: of the pool.
         max_rank: largest rank that is accepted.
         capacity: pages of the pool: an adapter that can never fit is refused here.
+        model_dir: the base model's checkpoint, to compare with the copies of its embeddings that
+            PEFT saves; None for random weights.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class AdapterStore:
         *,
         max_rank: int,
         capacity: int,
+        model_dir: Path | None,
     ):
         self._config = config
         self._layout = layout
         self._dtype = dtype
         self._max_rank = max_rank
         self._capacity = capacity
+        self._model_dir = model_dir
         self._adapters: dict[str, StoredAdapter] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -77,7 +81,13 @@ class AdapterStore:
                 f"the adapter {name!r} has already been loaded from "
                 f"{self._adapters[name].path}: unload it first"
             )
-        adapter = read_adapter(path, self._config, name=name, max_rank=self._max_rank)
+        adapter = read_adapter(
+            path,
+            self._config,
+            name=name,
+            max_rank=self._max_rank,
+            base_weight=self._read_base if self._model_dir else None,
+        )
         packed = pack(adapter, self._config, self._layout, self._dtype)
         stored = StoredAdapter(Path(path), adapter.digest, adapter.max_rank, packed)
         if stored.num_pages > self._capacity:
@@ -87,6 +97,13 @@ class AdapterStore:
             )
         self._adapters[name] = stored
         return stored
+
+    def _read_base(self, module: str) -> np.ndarray:
+        """The base's `embed_tokens` or `lm_head`, `[V, E]`."""
+        assert self._model_dir is not None
+        own_head = module == "lm_head" and not self._config.tie_word_embeddings
+        with Checkpoint(self._model_dir) as checkpoint:
+            return checkpoint.read("lm_head.weight" if own_head else "model.embed_tokens.weight")
 
     def unregister(self, name: str) -> None:
         del self._adapters[name]

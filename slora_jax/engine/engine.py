@@ -77,6 +77,7 @@ class Engine:
             np.dtype(dtype),
             max_rank=self.options.max_lora_rank,
             capacity=self.pool.capacity,
+            model_dir=None if self.options.load_format == "dummy" else model_dir,
         )
         self.cache = AdapterCache(self.pool, self.options.max_loras, self.adapters.num_pages)
         self.scheduler = Scheduler(

@@ -11,11 +11,21 @@ from slora_jax.model.inputs import Bucket, StepInputs
 
 
 class Buckets:
-    """The shapes that steps are padded to: powers of two for decodes, a few sizes for the rest."""
+    """The shapes that steps are padded to.
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int):
+    Decode steps are padded to one of `decode_batch_sizes`, by default powers of two. Steps with
+    prompts have one of three sizes, and always the most rows.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        page_size: int,
+        decode_batch_sizes: tuple[int, ...] | None = None,
+    ):
         self._page_size = page_size
-        self._rows = _powers_of_two(1, max_num_seqs)
+        self._rows = decode_batch_sizes or _powers_of_two(1, max_num_seqs)
         few = max(max_num_batched_tokens // 8, 16)
         self._tokens = [n for n in _powers_of_two(few, max_num_batched_tokens) if n >= few]
         self._tokens = sorted(

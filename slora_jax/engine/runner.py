@@ -87,7 +87,12 @@ class ModelRunner:
         self._shape = StepShape(
             Bucket(0, 0, 0), False, "none", options.max_lora_rank, config, layout
         )
-        self._buckets = Buckets(slots, options.max_num_batched_tokens, layout.page_size)
+        self._buckets = Buckets(
+            slots,
+            options.max_num_batched_tokens,
+            layout.page_size,
+            options.decode_batch_sizes,
+        )
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
         self._compiled: set[StepShape] = set()
 

@@ -5,7 +5,7 @@ import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -43,7 +43,7 @@ class Checkpoint:
                 self._read_header(path, stack)
             self._files = stack.pop_all()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be served faithfully is refused: the message names it, the file and the remedy."""
 
+import dataclasses
 import math
 import shlex
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from slora_jax.adapters import peft_config
 from slora_jax.adapters.peft import AdapterError, read_adapter
@@ -55,7 +57,6 @@ REFUSED_FIELDS = [
     ("trainable_token_indices", [0], ["embed_tokens"]),
     ("target_parameters", ["mlp.experts.gate_up_proj"], ["target_modules"]),
     ("layer_replication", [[0, 2], [1, 3]], ["layer_replication"]),
-    ("ensure_weight_tying", True, ["ensure_weight_tying=False"]),
     ("megatron_config", {"tp": 2}, ["Megatron"]),
     ("use_qalora", True, ["use_qalora=False"]),
     ("use_bdlora", {"nblocks": 2}, ["block-diagonal"]),
@@ -112,7 +113,7 @@ def test_no_directory(tmp_path: Path):
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     assert "no such directory" in refusal(tmp_path / "dangling")
     write_adapter(tmp_path, BASE)
-    assert "Give the one that holds" in refusal(tmp_path / "adapter_model.safetensors")
+    assert "on this machine that holds" in refusal(tmp_path / "adapter_model.safetensors")
 
 
 def test_symlinks_are_followed(tmp_path: Path):
@@ -137,11 +138,10 @@ def test_pickles_are_refused_with_a_command(tmp_path: Path, pickle: str):
     path = write_adapter(tmp_path / "it's here", BASE)
     (path / "adapter_model.safetensors").rename(path / pickle)
     _, _, command = refusal(path).partition("with: ")
-    python, option, code = shlex.split(command)
+    python, option, code, source, target = shlex.split(command)
     assert (python, option) == ("python", "-c")
     compile(code, "<command>", "exec")
-    assert repr(str(path / pickle)) in code
-    assert repr(str(path / "adapter_model.safetensors")) in code
+    assert (source, target) == (str(path / pickle), str(path / "adapter_model.safetensors"))
     assert "weights_only=True" in code
 
 
@@ -277,3 +277,34 @@ def test_other_copies_are_refused(tmp_path: Path, vocab: int):
     message = refusal(tmp_path, base_weight=lambda module: np.zeros((96, 32), np.float32))
     for part in (key, "differs", "save_embedding_layers=False"):
         assert part in message
+
+
+TIED = dataclasses.replace(BASE, tie_word_embeddings=True)
+
+
+def write_tied(directory: Path) -> None:
+    """What PEFT saves with `ensure_weight_tying`: one pair of matrices, for both uses."""
+    modules = ("embed_tokens", "lm_head")
+    write_adapter(directory, TIED, modules=modules, ensure_weight_tying=True)
+    head = "base_model.model.lm_head"
+    embed = load_file(directory / "adapter_model.safetensors")
+    pair = {
+        f"{head}.lora_A.weight": embed[f"{EMBED}.lora_embedding_B"].T.copy(),
+        f"{head}.lora_B.weight": embed[f"{EMBED}.lora_embedding_A"].T.copy(),
+    }
+    edit_tensors(directory, **pair)
+
+
+def test_a_tied_pair_is_accepted(tmp_path: Path):
+    write_tied(tmp_path)
+    assert set(read_adapter(tmp_path, TIED).outer) == {"embed_tokens", "lm_head"}
+
+
+@pytest.mark.parametrize("value", [None, np.ones((BASE.vocab_size, 8), np.float32)])
+def test_a_tied_pair_that_differs_or_is_half_missing(tmp_path: Path, value: np.ndarray | None):
+    write_tied(tmp_path)
+    edit_tensors(tmp_path, **{"base_model.model.lm_head.lora_B.weight": value})
+    if value is None:
+        edit_tensors(tmp_path, **{"base_model.model.lm_head.lora_A.weight": value})
+    with pytest.raises(AdapterError, match="ensure_weight_tying"):
+        read_adapter(tmp_path, TIED)

@@ -71,9 +71,7 @@ def write_sharded(model_dir: Path, content: dict[str, np.ndarray]) -> list[Path]
     return files
 
 
-def load(
-    model_dir: Path, config: ModelConfig = CONFIG, dtype=jnp.float32, **options
-) -> LlamaWeights:
+def load(model_dir: Path, config=CONFIG, dtype=jnp.float32, **options) -> LlamaWeights:
     return load_weights(model_dir, config, dtype, progress=False, **options)
 
 
@@ -97,7 +95,6 @@ def test_loads_every_tensor(tmp_path, sharded, biases):
     np.testing.assert_array_equal(weights.norm, content["model.norm.weight"])
     assert weights.lm_head is not None
     np.testing.assert_array_equal(weights.lm_head.weight, content["lm_head.weight"])
-    assert len(weights.layers) == 2
     for i, layer in enumerate(weights.layers):
         prefix = f"model.layers.{i}"
         for norm in ("input", "post_attention"):
@@ -136,8 +133,7 @@ def test_interleave():
     assert interleave([q, k, v], 1).tolist() == [0, 1, 2, 3, 10, 11, 20, 21]
     assert interleave([q, k, v], 2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     assert interleave([q], 2).tolist() == [0, 1, 2, 3]
-    rows = interleave([q[:, None] * [1, 1], k[:, None] * [1, -1]], 2)
-    assert rows.tolist() == [[0, 0], [1, 1], [10, -10], [2, 2], [3, 3], [11, -11]]
+    assert interleave([q[:, None], k[:, None]], 2).tolist() == [[0], [1], [10], [2], [3], [11]]
     with pytest.raises(ValueError, match="4 shards do not divide 2 rows"):
         interleave([q, k], 4)
 
@@ -191,16 +187,15 @@ def test_tied_embedding(tmp_path):
 
 
 def test_ignores_rotary_buffers(tmp_path):
-    content = tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3)}
-    save_file(content, tmp_path / "model.safetensors")
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3)}
+    save_file(tensors() | buffers, tmp_path / "model.safetensors")
     load(tmp_path)
 
 
 def test_refuses_missing_tensors(tmp_path):
-    content = {name: value for name, value in tensors().items() if "layers.1" not in name}
-    save_file(content, tmp_path / "model.safetensors")
-    message = r"9 tensors are missing: model.layers.1.input_layernorm.weight, .*, …"
-    with pytest.raises(CheckpointError, match=message):
+    first_layer = {name: value for name, value in tensors().items() if "layers.1" not in name}
+    save_file(first_layer, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"9 tensors are missing: model.layers.1.*, …"):
         load(tmp_path)
 
 
@@ -227,9 +222,8 @@ def test_refuses_quantised_tensors(tmp_path):
 
 
 def test_refuses_a_tensor_in_two_files(tmp_path):
-    content = tensors()
-    files = write_sharded(tmp_path, content)
-    save_file(content, files[1])
+    files = write_sharded(tmp_path, tensors())
+    save_file(tensors(), files[1])
     with pytest.raises(CheckpointError, match=r"tensor .* is in .*00001.* and in .*00002"):
         load(tmp_path)
 
@@ -244,7 +238,7 @@ def test_refuses_missing_files(tmp_path):
     ("text", "message"),
     [
         ("{", "is not a safetensors index"),
-        ('{"weight_map": 3}', "is not a safetensors index"),
+        ('{"weight_map": 3}', "an object with a 'weight_map'"),
         ('{"weight_map": {"norm": "../norm.safetensors"}}', "outside its directory: ../norm"),
     ],
 )
@@ -283,9 +277,8 @@ def test_draws_a_progress_bar_of_bytes(tmp_path, capsys):
     assert "Loading weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes", [{}, {**BIASED, "tie_word_embeddings": True}])
-def test_dummy_weights_have_the_shapes_of_a_checkpoint(tmp_path, changes):
-    config = configured(**changes)
+def test_dummy_weights_have_the_shapes_of_a_checkpoint(tmp_path):
+    config = configured(**BIASED)
     save_file(tensors(config), tmp_path / "model.safetensors")
     shapes = jax.tree.map(jnp.shape, paths(load(tmp_path, config)))
     dummy = paths(dummy_weights(config, jnp.bfloat16))
@@ -302,9 +295,6 @@ def test_dummy_weights_keep_activations_sane():
         assert np.std(first) * first.shape[1] ** 0.5 == pytest.approx(1, rel=0.1)
         assert not any(np.array_equal(first, other) for other in others)
     np.testing.assert_array_equal(weights.layers[0].input_norm, 1)
-
-
-def test_dummy_weights_follow_the_seed():
-    one, same, other = (dummy_weights(CONFIG, jnp.float32, seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one.embed_tokens, same.embed_tokens)
-    assert not np.array_equal(one.embed_tokens, other.embed_tokens)
+    same, other = (dummy_weights(config, jnp.float32, seed).embed_tokens for seed in (0, 1))
+    np.testing.assert_array_equal(weights.embed_tokens, same)
+    assert not np.array_equal(weights.embed_tokens, other)

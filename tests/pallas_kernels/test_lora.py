@@ -4,13 +4,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LAYOUTS, Adapters, Pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import lora_expand, lora_lookup, lora_shrink
 from pallas_kernels.layout import TILE_ELEMS
 from pallas_kernels.slabs import pack_matrix
+from tests.pallas_kernels.pages import LAYOUTS, Adapters, Pages
 
 MAX_RANK = 24
 CASES = {
@@ -63,6 +63,19 @@ def test_lookup(pages):
     )
     want = adapters.shrink(np.eye(vocab)[tokens], MAX_RANK)
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_padding_segments_reach_nobody():
+    """A segment without tokens may name pages that hold anything by now."""
+    pages = Pages(LAYOUTS["llama"])
+    adapters = Adapters(pages, [[8], [8]], [2, 0], 64, (64,), 0)
+    nowhere = jnp.asarray(pages.take(adapters.segments.pages.shape[1]), jnp.int32)  # full of NaN
+    segments = adapters.segments._replace(pages=adapters.segments.pages.at[1].set(nowhere))
+    where = jnp.asarray(pages.pool), jnp.int32(0), segments, adapters.table
+    x = jnp.ones((4, 64), jnp.float32)
+    h = lora_shrink(x, *where, max_rank=8, layout=pages.layout)
+    got = lora_expand(x, h, *where, inputs=64, outputs=(64,), layout=pages.layout)
+    assert np.isfinite(got).all()
 
 
 def test_h_is_not_rounded():
