@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error objects in OpenAI's shape, and JSON bodies that are checked against a model."""
+
+from collections.abc import Container
+
+from pydantic import BaseModel, ValidationError
+
+from slora_jax.core import RequestError
+
+
+class UnknownModelError(RequestError):
+    """`model` is neither the base model's name nor an adapter's."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model}` does not exist.", "model")
+
+
+class ErrorInfo(BaseModel):
+    """What is wrong; `code` is the HTTP status, `type` its name in vLLM."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(BaseModel):
+    """The body of an error."""
+
+    error: ErrorInfo
+
+    @classmethod
+    def of(cls, error: RequestError) -> "ErrorResponse":
+        """The error object of a request that is not served."""
+        unknown = isinstance(error, UnknownModelError)
+        info = ErrorInfo(
+            message=str(error),
+            type="NotFoundError" if unknown else "BadRequestError",
+            param=error.param,
+            code=404 if unknown else 400,
+        )
+        return cls(error=info)
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+
+def find_adapter(
+    model: str, base_names: Container[str], adapters: Container[str]
+) -> str | None:
+    """The adapter that a request's `model` stands for; None for the base model.
+
+    Raises:
+        UnknownModelError: it is nobody's name. Never is the base served in an adapter's place.
+    """
+    if model in base_names:
+        return None
+    if model in adapters:
+        return model
+    raise UnknownModelError(model)
+
+
+def parse_body[Body: BaseModel](kind: type[Body], body: bytes | str) -> Body:
+    """Reads a JSON body.
+
+    Raises:
+        RequestError: it is no JSON, or not what `kind` describes; names the first bad field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _as_request_error(kind, error) from None
+
+
+def _as_request_error(kind: type[BaseModel], error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):  # a validator of ours, which pydantic wrapped
+        return cause
+    if not first["loc"]:
+        return RequestError(first["msg"])
+    param = str(first["loc"][0])
+    field = kind.model_fields.get(param)
+    if first["type"] == "missing":
+        return RequestError(f"{param} is required", param)
+    if field is not None and field.description:  # of a union pydantic would name each branch
+        return RequestError(f"{param} must be {field.description}", param)
+    return RequestError(f"{param}: {first['msg']}", param)

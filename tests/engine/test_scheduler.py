@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler, the pool and the adapter cache, run against a simulated device.
+
+The device keeps what it is told to keep, token by token and page by page, so a page given to two
+owners, a token computed at the wrong place or an adapter written over shows up as a wrong read.
+"""
+
+import zlib
+from functools import cache
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from slora_jax.adapters.residency import AdapterCache
+from slora_jax.core import FROM_DEVICE, Request, RowPlan, SamplingParams, StepPlan
+from slora_jax.engine.scheduler import Scheduler
+from slora_jax.pool.allocator import PagePool, PageUse
+
+ADAPTER_PAGES = {"one": 1, "uno": 1, "two": 2, "three": 3, "four": 4}
+
+
+@cache
+def token_at(request_id: str, position: int) -> int:
+    """The token of a request at a position of prompt or output; no two are alike."""
+    return zlib.crc32(f"{request_id} {position}".encode())
+
+
+class Device:
+    """Memory as the compiled programs leave it: installs, then page updates, then the rows."""
+
+    def __init__(self, num_pages: int, page_size: int):
+        self.pages: list[dict[int, object]] = [{} for _ in range(num_pages)]
+        self._page_size = page_size
+        self._page_table: dict[tuple[int, int], int] = {}
+        self._adapter_pages: dict[int, tuple[int, ...]] = {}
+        self._last_token: dict[int, int] = {}
+
+    def run(self, plan: StepPlan) -> list[int]:
+        """Does a step and returns every row's next token."""
+        for install in plan.installs:
+            for index, page in enumerate(install.pages):
+                self.pages[page] = {0: (install.adapter, index)}
+            self._adapter_pages[install.adapter_slot] = install.pages
+        for slot, column, page in plan.page_updates:
+            self._page_table[slot, column] = page
+        for row in plan.rows:
+            for position, token in enumerate(row.tokens, row.start):
+                page, offset = self._place(row.slot, position)
+                page[offset] = self._last_token[row.slot] if token == FROM_DEVICE else token
+        return [self._next_token(row) for row in plan.rows]
+
+    def _place(self, slot: int, position: int) -> tuple[dict[int, object], int]:
+        column, offset = divmod(position, self._page_size)
+        return self.pages[self._page_table[slot, column]], offset
+
+    def _next_token(self, row: RowPlan) -> int:
+        end = row.start + len(row.tokens)
+        places = [self._place(row.slot, position) for position in range(end)]
+        context = [page.get(offset) for page, offset in places]
+        assert context == [token_at(row.request.id, position) for position in range(end)]
+        if row.request.adapter is None:
+            assert row.adapter_slot is None
+        else:
+            assert row.adapter_slot is not None
+            pages = [self.pages[page] for page in self._adapter_pages[row.adapter_slot]]
+            whole = range(ADAPTER_PAGES[row.request.adapter])
+            assert pages == [{0: (row.request.adapter, index)} for index in whole]
+        token = token_at(row.request.id, end)
+        if row.samples:
+            assert row.position == end - len(row.request.prompt)
+            self._last_token[row.slot] = token
+        return token
+
+
+class Host:
+    """Drives the scheduler as `Engine` does: a step's tokens are read after the next is planned."""
+
+    def __init__(
+        self,
+        capacity: int = 20,
+        *,
+        page_size: int = 4,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        adapter_slots: int = 4,
+    ):
+        self.page_size, self.max_num_seqs = page_size, max_num_seqs
+        self.budget, self.adapter_slots = max_num_batched_tokens, adapter_slots
+        self.pool = PagePool(capacity + 1)
+        self.cache = AdapterCache(self.pool, adapter_slots, ADAPTER_PAGES.__getitem__)
+        self.scheduler = Scheduler(
+            self.pool,
+            self.cache,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self.device = Device(capacity + 1, page_size)
+        self.live: dict[Request, int] = {}  # the length at which each will stop, in order of arrival
+        self.added = 0
+        self._unread: tuple[StepPlan, list[int]] | None = None
+
+    def add(
+        self,
+        prompt: int,
+        max_output: int = 1,
+        adapter: str | None = None,
+        stops_after: int | None = None,
+    ) -> Request:
+        """A request of that many prompt tokens, cut to what the pool can hold at all."""
+        adapter_pages = 0 if adapter is None else ADAPTER_PAGES[adapter]
+        most = (self.pool.capacity - adapter_pages) * self.page_size
+        prompt = min(prompt, most)
+        max_output = min(max_output, most - prompt + 1)
+        name = f"request {self.added}"
+        request = Request(
+            id=name,
+            prompt=[token_at(name, position) for position in range(prompt)],
+            params=SamplingParams(),
+            adapter=adapter,
+            max_output=max_output,
+        )
+        self.added += 1
+        self.live[request] = min(stops_after or max_output, max_output)
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        del self.live[request]
+        self.scheduler.finish(request)
+
+    def step(self) -> StepPlan | None:
+        decoding = [r for r in self.scheduler.running if r.num_to_compute == 1]
+        plan = self.scheduler.schedule()
+        previous, self._unread = self._unread, None
+        if plan is not None:
+            self._check_plan(plan, decoding)
+            self._unread = plan, self.device.run(plan)
+        assert plan or previous or not self.live, "requests wait, but none can run"
+        if previous is not None:
+            self._read(*previous)
+        return plan
+
+    def drain(self) -> None:
+        """Runs to the end. The first request in line gets a token at least in every other step."""
+        bound = sum(len(r.prompt) + 2 * r.max_output + 4 for r in self.live)
+        for _ in range(bound):
+            if not self.live:
+                return
+            self.step()
+            self.check()
+        assert not self.live, "some request starves"
+
+    def check(self) -> None:
+        self.scheduler.check(self.max_num_seqs, self.adapter_slots)
+        assert list(self.scheduler.requests) == list(self.live), "not first come, first served"
+        assert self.device.pages[0] == {}, "the reserved page was written"
+
+    def _read(self, plan: StepPlan, tokens: list[int]) -> None:
+        for row, token in zip(plan.rows, tokens, strict=True):
+            request = row.request
+            request.in_flight -= row.samples
+            if not row.samples or request not in self.live:
+                continue
+            request.output.append(token)
+            length = len(request.output)
+            assert token == token_at(request.id, len(request.prompt) + length - 1)
+            if length == self.live[request]:
+                del self.live[request]
+                self.scheduler.finish(request)
+
+    def _check_plan(self, plan: StepPlan, decoding: list[Request]) -> None:
+        planned = [row.request for row in plan.rows]
+        order = [(row.adapter_slot is None, row.adapter_slot or 0) for row in plan.rows]
+        assert order == sorted(order), "rows of one adapter are not together, or base is not last"
+        assert len(set(planned)) == len(planned) <= self.max_num_seqs
+        assert all(row.tokens for row in plan.rows)
+        assert plan.num_tokens <= self.budget
+        assert len(plan.page_updates) <= plan.num_tokens // self.page_size + len(plan.rows)
+        places = [(slot, column) for slot, column, _ in plan.page_updates]
+        assert len(set(places)) == len(places), "two updates of one entry race on the device"
+        for request in decoding:
+            assert request in planned or request.slot is None, "a decode waits for prompts"
+
+
+class ServingMachine(RuleBasedStateMachine):
+    @initialize(
+        capacity=st.integers(5, 16),
+        page_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
+        spare_tokens=st.integers(0, 10),
+        adapter_slots=st.integers(1, 3),
+    )
+    def start(self, capacity, page_size, max_num_seqs, spare_tokens, adapter_slots) -> None:
+        self.host = Host(
+            capacity,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + spare_tokens,
+            adapter_slots=adapter_slots,
+        )
+
+    @rule(
+        prompt=st.integers(1, 24),
+        max_output=st.integers(1, 12),
+        adapter=st.sampled_from([None, *ADAPTER_PAGES]),
+        stops_after=st.none() | st.integers(1, 12),
+    )
+    def add(self, **request) -> None:
+        self.host.add(**request)
+
+    @rule(count=st.integers(1, 4))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.host.step()
+            self.host.check()
+
+    @precondition(lambda self: self.host.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.host.abort(data.draw(st.sampled_from(list(self.host.live))))
+
+    @rule(name=st.sampled_from([*ADAPTER_PAGES]))
+    def unload(self, name: str) -> None:
+        if name in self.host.cache and all(r.adapter != name for r in self.host.live):
+            self.host.cache.evict(name)
+
+    @invariant()
+    def books_agree(self) -> None:
+        self.host.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "host"):
+            self.host.drain()
+            assert self.host.pool.num_used(PageUse.KV) == 0
+
+
+TestServing = ServingMachine.TestCase
+TestServing.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def requests_of(plan: StepPlan | None) -> set[Request]:
+    return {row.request for row in plan.rows} if plan else set()
+
+
+def test_decodes_come_first_and_prompts_share_the_rest():
+    host = Host(max_num_batched_tokens=8)
+    decoding = host.add(2, max_output=5)
+    host.step()
+    first, second = host.add(5), host.add(9)
+    plan = host.step()
+    assert {row.request: len(row.tokens) for row in plan.rows} == {decoding: 1, first: 5, second: 2}
+    assert {row.request for row in plan.rows if row.samples} == {decoding, first}
+
+
+def test_the_host_plans_a_token_that_it_has_not_read():
+    host = Host()
+    request = host.add(3, max_output=3)
+    host.step()
+    (row,) = host.step().rows
+    assert (row.start, row.tokens, row.position) == (3, (FROM_DEVICE,), 1)
+    assert request.output == [token_at(request.id, 3)]
+
+
+def test_the_request_admitted_last_is_preempted():
+    host = Host(capacity=6)
+    requests = [host.add(8, max_output=8) for _ in range(3)]  # they grow to four pages each
+    host.step()
+    first, second, third = requests
+    while not host.scheduler.num_preemptions:
+        host.step()
+    assert third.num_preemptions == 1
+    assert list(host.scheduler.requests) == requests
+    host.drain()
+    assert first.num_preemptions == 0
+
+
+def test_admission_counts_on_short_outputs():
+    host = Host(capacity=6, max_num_batched_tokens=32)
+    requests = {host.add(4, max_output=20) for _ in range(3)}  # two pages now, six at worst
+    assert requests_of(host.step()) == requests
+
+
+def test_admission_leaves_room_for_the_first_decode():
+    host = Host(capacity=3)
+    first, second = host.add(4, max_output=4), host.add(4, max_output=4)
+    assert requests_of(host.step()) == {first}
+    host.abort(first)
+    assert requests_of(host.step()) == {second}
+
+
+def test_a_pool_of_exactly_the_right_size_is_enough():
+    host = Host(capacity=4 + 3)
+    host.add(10, max_output=7, adapter="four")  # the last token sampled is never computed
+    host.drain()
+    assert host.scheduler.num_preemptions == 0
+
+
+def test_a_preempted_request_waits_for_its_token_in_flight():
+    host = Host(capacity=4)
+    host.add(7, max_output=9)
+    late = host.add(7, max_output=9)
+    while late.slot is not None or not late.num_preemptions:
+        plan = host.step()
+    # The step that preempted it read its last token: what comes next has all it needs.
+    assert late not in requests_of(plan)
+    assert late.in_flight == 0
+    host.drain()
+    assert late.num_preemptions >= 1
+
+
+def test_resident_adapters_stay_while_there_is_room():
+    host = Host()
+    for _ in range(2):
+        host.add(4, adapter="two")
+        plan = host.step()
+        host.drain()
+    assert plan.installs == ()
+    assert "two" in host.cache
+
+
+@pytest.mark.parametrize(("capacity", "adapter_slots"), [(4, 4), (20, 2)])
+def test_the_adapter_unused_longest_goes_first(capacity, adapter_slots):
+    """Whether it is pages that run out or slots."""
+    host = Host(capacity, adapter_slots=adapter_slots)
+    for name in ("one", "uno", "one", "two"):
+        host.add(4, adapter=name)
+        host.drain()
+    assert list(host.cache.residents) == ["one", "two"]
+
+
+def test_adapters_in_use_are_not_evicted():
+    host = Host(adapter_slots=1)
+    user = host.add(4, max_output=4, adapter="one")
+    waits = host.add(4, adapter="two")
+    while user in host.live:
+        assert waits not in requests_of(host.step())
+        with pytest.raises(RuntimeError, match="1 users"):
+            host.cache.evict("one") if user in host.live else host.cache.evict("two")
+    host.drain()
