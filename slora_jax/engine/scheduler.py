@@ -64,6 +64,14 @@ class Scheduler:
         else:
             self._stop(request)
 
+    def preempt(self, request: Request) -> None:
+        """Takes a running request out of the batch, to be computed again from its tokens."""
+        self._stop(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
     def schedule(self) -> StepPlan | None:
         """Plans a step and takes it as dispatched; None if nothing can run now."""
         plan = _Draft()
@@ -118,7 +126,7 @@ class Scheduler:
         wanted = -(-(request.num_computed + tokens) // self._page_size) - len(request.pages)
         while not self._adapters.make_room(wanted):
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is request:
                 return False
         assert request.slot is not None
@@ -126,13 +134,6 @@ class Scheduler:
             plan.page_updates.append((request.slot, len(request.pages), page))
             request.pages.append(page)
         return True
-
-    def _preempt(self, request: Request) -> None:
-        self._stop(request)
-        request.num_computed = 0
-        request.num_preemptions += 1
-        self.num_preemptions += 1
-        self.waiting.appendleft(request)
 
     def _stop(self, request: Request) -> None:
         """Takes a request out of the batch and frees what it holds."""

@@ -45,9 +45,7 @@ class ErrorResponse(BaseModel):
         return self.model_dump_json()
 
 
-def find_adapter(
-    model: str, base_names: Container[str], adapters: Container[str]
-) -> str | None:
+def find_adapter(model: str, base_names: Container[str], adapters: Container[str]) -> str | None:
     """The adapter that a request's `model` stands for; None for the base model.
 
     Raises:

@@ -74,20 +74,20 @@ class SamplingFields(BaseModel):
                 raise RequestError(f"{name} is not supported: {remedy}", name)
         return {k: v for k, v in body.items() if v is not None or k == "max_tokens"}
 
-    def sampling_params(self, choice: int = 0) -> SamplingParams:
+    def _sampling_params(self, choice: int, **overrides: Any) -> SamplingParams:
         """What the engine is asked for the `choice`-th answer to a prompt.
 
         With a seed, each of `n` answers has its own: `seed + choice`, as in vLLM.
 
+        Args:
+            choice: from 0 to `n - 1`.
+            overrides: parameters that are not simply the field of the same name.
+
         Raises:
             RequestError: a value is out of its range.
         """
-        names = (field.name for field in fields(SamplingParams))
-        values = {name: getattr(self, name) for name in names}
+        own = type(self).model_fields
+        values = {f.name: getattr(self, f.name) for f in fields(SamplingParams) if f.name in own}
         if self.seed is not None:
             values["seed"] = self.seed + choice
-        return SamplingParams(**values | self._sampling_overrides())
-
-    def _sampling_overrides(self) -> dict[str, Any]:
-        """Parameters of the engine that are not simply the field of the same name."""
-        return {}
+        return SamplingParams(**values | overrides)

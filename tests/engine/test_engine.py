@@ -10,6 +10,7 @@ from slora_jax.adapters.peft import AdapterError
 from slora_jax.config import LAYER_MODULES
 from slora_jax.core import FinishReason, RequestError
 from slora_jax.demo import BASE_MODEL, adapter_dirs
+from slora_jax.pool.allocator import PageUse
 from tests.adapters.make import write_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
@@ -125,7 +126,7 @@ class TestSampling:
             if step == 5:  # as if the pages had run out
                 [request] = engine.scheduler.running
                 assert request.id == request_id
-                engine.scheduler._preempt(request)
+                engine.scheduler.preempt(request)
             if not engine.has_unfinished:
                 break
         assert outputs[-1].token_ids == alone.token_ids
@@ -204,6 +205,21 @@ class TestAdapters:
         write_adapter(tmp_path, engine.config, rank=65, modules=("q_proj",))
         with pytest.raises(AdapterError, match="max_lora_rank"):
             engine.load_adapter("high", tmp_path)
+
+
+def test_running_out_of_pages(engine):
+    """Requests that outgrow the pool are preempted and give the same tokens in the end."""
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    prompts = ["hello", "many adapters", "one page pool", "preempted"]
+    alone = [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
+    held = engine.pool.capacity - 30
+    assert engine.cache.make_room(engine.pool.capacity)
+    ballast = engine.pool.allocate(held, PageUse.KV)  # four requests need 14 pages each
+    before = engine.scheduler.num_preemptions
+    together = engine.generate(prompts, params)
+    engine.pool.release(ballast)
+    assert engine.scheduler.num_preemptions > before
+    assert [output.token_ids for output in together] == alone
 
 
 class TestRefusals:

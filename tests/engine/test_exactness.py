@@ -2,10 +2,11 @@
 """Exactness to Hugging Face Transformers + PEFT, in float32, over the full vocabulary.
 
 All requests of a case run in one mixed batch: several adapters, base rows, prompts longer than a
-chunk, and, in a tight pool, preempted requests.
+chunk, and preempted requests.
 """
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from slora_jax import Engine, SamplingParams
+from slora_jax import Engine, RequestOutput, SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.json"))
@@ -22,18 +23,25 @@ CHUNK = 16  # tokens of a step: prompts of up to 45 tokens take several
 CLEAR = 1e-3  # where the reference's two best tokens are closer, either may be chosen
 
 
-def serve(case: Path, requests: list[dict], num_pages: int | None) -> tuple[Engine, list]:
-    """All requests in one engine; its books are checked after every step."""
-    adapters = {path.name: path for path in sorted((case / "adapters").iterdir())}
-    engine = Engine(
+def make_engine(case: Path) -> Engine:
+    return Engine(
         case / "model",
-        adapters=adapters,
+        adapters={path.name: path for path in sorted((case / "adapters").iterdir())},
         dtype="float32",
-        num_pages=num_pages,
         max_num_seqs=8,
         max_num_batched_tokens=CHUNK,
+        decode_batch_sizes=(8,),
         max_logprobs=-1,
     )
+
+
+def serve(
+    engine: Engine, requests: list[dict], preempt_every: int | None = None
+) -> list[RequestOutput]:
+    """All requests in one batch; the engine's books are checked after every step.
+
+    Every `preempt_every` steps the request admitted last is preempted, as if pages had run out.
+    """
     ids = []
     for request in requests:
         params = SamplingParams(
@@ -45,38 +53,35 @@ def serve(case: Path, requests: list[dict], num_pages: int | None) -> tuple[Engi
         )
         ids.append(engine.add_request(request["prompt"], params, adapter=request["adapter"]))
     finished = {}
-    while engine.has_unfinished:
+    for step in itertools.count(1):
         for output in engine.step():
             finished[output.request_id] = output
+        running = engine.scheduler.running
+        if preempt_every and step % preempt_every == 0 and len(running) > 1:
+            engine.scheduler.preempt(running[-1])
         engine.check()
-    return engine, [finished[i] for i in ids]
+        if not engine.has_unfinished:
+            break
+    return [finished[i] for i in ids]
 
 
-def table(output, vocab: int) -> np.ndarray:
+def table(output: RequestOutput, vocab: int) -> np.ndarray:
     """Log-probabilities `[P + N - 1, V]`: row t is the distribution of token t + 1."""
     positions = [*output.prompt_logprobs[1:], *output.logprobs]
     return np.array([[position[v].logprob for v in range(vocab)] for position in positions])
 
 
-def tight(case: Path, requests: list[dict]) -> int:
-    """A number of pages that holds every adapter, and KV of half of the requests."""
-    engine, _ = serve(case, requests[:1], None)
-    adapters = sum(engine.adapters.num_pages(name) for name in engine.adapters.names)
-    kv = [-(-(len(r["prompt"]) + len(r["tokens"]) - 1) // 16) for r in requests]
-    return 1 + adapters + max(max(kv), sum(kv) // 2)
-
-
-@pytest.mark.parametrize("room", ["roomy", "tight"])
+@pytest.mark.parametrize("preempt_every", [None, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name, room):
+def test_golden(name, preempt_every):
     case = GOLDEN / name
     requests = json.loads((case / "reference.json").read_text())["requests"]
     reference = load_file(case / "reference.safetensors")
     assert {r["adapter"] for r in requests} > {None}
     with jax.default_matmul_precision("highest"):
-        pages = tight(case, requests) if room == "tight" else None
-        engine, outputs = serve(case, requests, pages)
-    assert (engine.scheduler.num_preemptions > 0) == (room == "tight")
+        engine = make_engine(case)
+        outputs = serve(engine, requests, preempt_every)
+    assert (engine.scheduler.num_preemptions > 0) == (preempt_every is not None)
     assert max(len(r["prompt"]) for r in requests) > CHUNK
     for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
         want = reference[f"logprobs.{index}"]
@@ -113,7 +118,7 @@ def test_live(name):
         request["tokens"] = [int(token) for token in tokens]
         wanted.append(np.asarray(logprobs))
     with jax.default_matmul_precision("highest"):
-        _, outputs = serve(case, requests, None)
+        outputs = serve(make_engine(case), requests)
     for request, output, want in zip(requests, outputs, wanted, strict=True):
         np.testing.assert_allclose(table(output, want.shape[1]), want, atol=2e-4, rtol=0)
         best = np.sort(want[len(request["prompt"]) - 1 :], axis=1)

@@ -8,7 +8,6 @@ import pytest
 from slora_jax import Engine, SamplingParams
 from slora_jax.cli.demo import PROMPTS
 from slora_jax.demo import BASE_MODEL, adapter_dirs
-from slora_jax.demo.tasks import COPY, TASKS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48)
 LONG = "the quick brown fox jumps over it"  # several chunks of the smaller budgets
@@ -39,19 +38,9 @@ def alone() -> dict[tuple[str, str | None], list[int]]:
     return tokens
 
 
-def test_demo_prompts_are_right(alone):
-    engine = make_engine(64)
-    for (prompt, name), tokens in alone.items():
-        task = TASKS[name] if name else COPY
-        if prompt in PROMPTS:
-            assert engine.tokenizer.decode(tokens, skip_special_tokens=True) == task.transform(
-                prompt
-            )
-
-
 @pytest.mark.parametrize("budget", [16, 32, 64])
 def test_mixed_batches(alone, budget):
-    """Twenty batches in all; requests arrive while others run, and run out of pages."""
+    """Twenty batches in all; requests arrive while others run, and are preempted at random."""
     engine, rng = make_engine(budget), random.Random(budget)
     for _ in range(8 if budget == 16 else 6):
         coming = rng.choices(CASES, k=rng.randint(6, 24))
@@ -62,6 +51,8 @@ def test_mixed_batches(alone, budget):
                 coming = coming[1:]
             for output in engine.step():
                 got[output.request_id] = output.token_ids
+            if engine.scheduler.running and rng.random() < 0.1:
+                engine.scheduler.preempt(engine.scheduler.running[-1])
             engine.check()
         assert got == {request_id: alone[case] for request_id, case in cases.items()}
     assert engine.scheduler.num_preemptions > 0

@@ -86,19 +86,18 @@ class Host:
         max_num_batched_tokens: int = 16,
         adapter_slots: int = 4,
     ):
-        self.page_size, self.max_num_seqs = page_size, max_num_seqs
-        self.budget, self.adapter_slots = max_num_batched_tokens, adapter_slots
+        self.page_size, self.adapter_slots = page_size, adapter_slots
+        self.limits = {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
         self.pool = PagePool(capacity + 1)
         self.cache = AdapterCache(self.pool, adapter_slots, ADAPTER_PAGES.__getitem__)
-        self.scheduler = Scheduler(
-            self.pool,
-            self.cache,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
+        self.scheduler = Scheduler(self.pool, self.cache, page_size=page_size, **self.limits)
         self.device = Device(capacity + 1, page_size)
-        self.live: dict[Request, int] = {}  # the length at which each will stop, in order of arrival
+        self.live: dict[
+            Request, int
+        ] = {}  # the length at which each will stop, in order of arrival
         self.added = 0
         self._unread: tuple[StepPlan, list[int]] | None = None
 
@@ -154,7 +153,7 @@ class Host:
         assert not self.live, "some request starves"
 
     def check(self) -> None:
-        self.scheduler.check(self.max_num_seqs, self.adapter_slots)
+        self.scheduler.check(self.limits["max_num_seqs"], self.adapter_slots)
         assert list(self.scheduler.requests) == list(self.live), "not first come, first served"
         assert self.device.pages[0] == {}, "the reserved page was written"
 
@@ -175,9 +174,9 @@ class Host:
         planned = [row.request for row in plan.rows]
         order = [(row.adapter_slot is None, row.adapter_slot or 0) for row in plan.rows]
         assert order == sorted(order), "rows of one adapter are not together, or base is not last"
-        assert len(set(planned)) == len(planned) <= self.max_num_seqs
+        assert len(set(planned)) == len(planned) <= self.limits["max_num_seqs"]
         assert all(row.tokens for row in plan.rows)
-        assert plan.num_tokens <= self.budget
+        assert plan.num_tokens <= self.limits["max_num_batched_tokens"]
         assert len(plan.page_updates) <= plan.num_tokens // self.page_size + len(plan.rows)
         places = [(slot, column) for slot, column, _ in plan.page_updates]
         assert len(set(places)) == len(places), "two updates of one entry race on the device"
@@ -185,33 +184,37 @@ class Host:
             assert request in planned or request.slot is None, "a decode waits for prompts"
 
 
+REQUESTS = st.fixed_dictionaries(
+    {
+        "prompt": st.integers(1, 16),
+        "max_output": st.integers(1, 32),
+        "adapter": st.sampled_from([None, None, None, *ADAPTER_PAGES]),
+        "stops_after": st.none() | st.integers(4, 24),
+    }
+)
+
+
 class ServingMachine(RuleBasedStateMachine):
+    """Small pools and bursts of requests: whatever can run short does."""
+
     @initialize(
-        capacity=st.integers(5, 16),
+        capacity=st.integers(5, 12),
         page_size=st.integers(1, 4),
-        max_num_seqs=st.integers(1, 4),
-        spare_tokens=st.integers(0, 10),
-        adapter_slots=st.integers(1, 3),
+        max_num_seqs=st.integers(1, 6),
+        spare_tokens=st.integers(0, 16),
+        adapter_slots=st.integers(1, 4),
     )
-    def start(self, capacity, page_size, max_num_seqs, spare_tokens, adapter_slots) -> None:
-        self.host = Host(
-            capacity,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_seqs + spare_tokens,
-            adapter_slots=adapter_slots,
-        )
+    def start(self, max_num_seqs: int, spare_tokens: int, **sizes: int) -> None:
+        budget = max_num_seqs + spare_tokens
+        sizes |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+        self.host = Host(**sizes)
 
-    @rule(
-        prompt=st.integers(1, 24),
-        max_output=st.integers(1, 12),
-        adapter=st.sampled_from([None, *ADAPTER_PAGES]),
-        stops_after=st.none() | st.integers(1, 12),
-    )
-    def add(self, **request) -> None:
-        self.host.add(**request)
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
+    def add(self, requests: list[dict]) -> None:
+        for request in requests:
+            self.host.add(**request)
 
-    @rule(count=st.integers(1, 4))
+    @rule(count=st.integers(1, 8))
     def steps(self, count: int) -> None:
         for _ in range(count):
             self.host.step()
@@ -265,16 +268,12 @@ def test_the_host_plans_a_token_that_it_has_not_read():
 
 
 def test_the_request_admitted_last_is_preempted():
-    host = Host(capacity=6)
+    host = Host(capacity=9, max_num_batched_tokens=32)
     requests = [host.add(8, max_output=8) for _ in range(3)]  # they grow to four pages each
-    host.step()
-    first, second, third = requests
     while not host.scheduler.num_preemptions:
         host.step()
-    assert third.num_preemptions == 1
-    assert list(host.scheduler.requests) == requests
+    assert [r.num_preemptions for r in requests] == [0, 0, 1]
     host.drain()
-    assert first.num_preemptions == 0
 
 
 def test_admission_counts_on_short_outputs():
@@ -285,10 +284,21 @@ def test_admission_counts_on_short_outputs():
 
 def test_admission_leaves_room_for_the_first_decode():
     host = Host(capacity=3)
-    first, second = host.add(4, max_output=4), host.add(4, max_output=4)
+    first = host.add(5, max_output=4)
+    second = host.add(4, max_output=4)  # the free page would hold its prompt and no more
     assert requests_of(host.step()) == {first}
     host.abort(first)
     assert requests_of(host.step()) == {second}
+
+
+@pytest.mark.xfail(strict=True, reason="room left for one admission is promised to the next, too")
+def test_requests_admitted_together_all_have_room_for_their_first_decode():
+    host = Host(capacity=3)
+    for _ in range(2):
+        host.add(4, max_output=4)
+    host.step()
+    host.step()
+    assert host.scheduler.num_preemptions == 0
 
 
 def test_a_pool_of_exactly_the_right_size_is_enough():
@@ -298,17 +308,17 @@ def test_a_pool_of_exactly_the_right_size_is_enough():
     assert host.scheduler.num_preemptions == 0
 
 
-def test_a_preempted_request_waits_for_its_token_in_flight():
+def test_a_preempted_request_waits_for_its_tokens_in_flight():
     host = Host(capacity=4)
-    host.add(7, max_output=9)
-    late = host.add(7, max_output=9)
-    while late.slot is not None or not late.num_preemptions:
-        plan = host.step()
-    # The step that preempted it read its last token: what comes next has all it needs.
-    assert late not in requests_of(plan)
-    assert late.in_flight == 0
-    host.drain()
-    assert late.num_preemptions >= 1
+    first, late = host.add(7, max_output=9), host.add(7, max_output=9)
+    while not late.num_preemptions:
+        host.scheduler.schedule()  # and nothing is read
+    assert late.in_flight > 0
+    host.abort(first)
+    assert host.scheduler.schedule() is None
+    late.output = [token_at(late.id, 7 + position) for position in range(late.in_flight)]
+    late.in_flight = 0
+    assert requests_of(host.scheduler.schedule()) == {late}
 
 
 def test_resident_adapters_stay_while_there_is_room():
@@ -331,12 +341,27 @@ def test_the_adapter_unused_longest_goes_first(capacity, adapter_slots):
     assert list(host.cache.residents) == ["one", "two"]
 
 
-def test_adapters_in_use_are_not_evicted():
-    host = Host(adapter_slots=1)
-    user = host.add(4, max_output=4, adapter="one")
+@pytest.mark.parametrize(("capacity", "adapter_slots"), [(7, 4), (20, 1)])
+def test_an_adapter_in_use_is_not_evicted(capacity, adapter_slots):
+    """Whether it is pages that another one wants or its slot."""
+    host = Host(capacity, adapter_slots=adapter_slots)
+    user = host.add(4, max_output=4, adapter="four")
     waits = host.add(4, adapter="two")
+    host.step()
+    with pytest.raises(RuntimeError, match="1 users"):
+        host.cache.evict("four")
     while user in host.live:
         assert waits not in requests_of(host.step())
-        with pytest.raises(RuntimeError, match="1 users"):
-            host.cache.evict("one") if user in host.live else host.cache.evict("two")
     host.drain()
+
+
+@pytest.mark.xfail(strict=True, reason="recency is that of `acquire`, not of the last use")
+def test_an_adapter_used_until_now_outlives_one_that_was_idle():
+    host = Host(adapter_slots=2)
+    user = host.add(4, max_output=9, adapter="one")
+    host.add(4, adapter="two")
+    while user in host.live:
+        host.step()
+    host.add(4, adapter="three")
+    host.step()
+    assert list(host.cache.residents) == ["one", "three"]

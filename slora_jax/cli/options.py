@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that all commands share: the model, its adapters, and the engine's settings."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from slora_jax.cli import CommandError
+from slora_jax.config import EngineConfig
+
+if TYPE_CHECKING:
+    from slora_jax.engine.engine import Engine
+
+# One option for each field of `EngineConfig`, which gives types and defaults.
+_ENGINE_HELP: Mapping[str, str] = {
+    "dtype": "of weights, KV cache and adapters; auto: the checkpoint's, on a CPU float32",
+    "load_format": "dummy: random weights of the model's shape",
+    "page_size": "tokens of a KV page",
+    "num_pages": "pages of the pool (default: what the device has room for)",
+    "gpu_memory_utilization": "share of the device's memory for weights and pool",
+    "max_model_len": "most tokens of a request (default: what the model was made for)",
+    "max_num_seqs": "most requests in a batch",
+    "max_num_batched_tokens": "most tokens of a step; longer prompts are cut in chunks",
+    "decode_batch_sizes": "batch sizes to compile for, up to max-num-seqs (default: powers of two)",
+    "max_loras": "most adapters in the pool at once",
+    "max_lora_rank": "largest rank of an adapter",
+    "max_logprobs": "most log-probabilities a position that may be asked for; -1: all",
+    "seed": "of requests that bring none",
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model` and what it and its adapters are called."""
+    group = parser.add_argument_group("model and adapters")
+    group.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face directory of the base model"
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="what requests call the base model (default: DIR as given, or its last part)",
+    )
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_named_dir,
+        metavar="NAME=DIR",
+        help="PEFT directories of adapters, and what requests call them",
+    )
+    group.add_argument(
+        "--lora-dir", metavar="DIR", help="a directory of adapters' directories, which name them"
+    )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the engine's settings, with the defaults of `EngineConfig`."""
+    group = parser.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        text = _ENGINE_HELP[field.name]
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            default=field.default,
+            help=text if field.default is None else f"{text} (default: %(default)s)",
+            **_value_options(hints[field.name]),
+        )
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The parsed `add_engine_arguments`, as keyword arguments of `Engine`."""
+    values = {field.name: getattr(args, field.name) for field in fields(EngineConfig)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def base_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """What requests may call the base model."""
+    return tuple(args.served_model_name or (args.model, Path(args.model).resolve().name))
+
+
+def adapter_dirs(args: argparse.Namespace) -> dict[str, Path]:
+    """The adapters' directories by name.
+
+    Raises:
+        CommandError: `--lora-dir` holds none, or two adapters or one and the base share a name.
+    """
+    named: list[tuple[str, Path]] = list(args.lora_modules)
+    if args.lora_dir is not None:
+        configs = sorted(Path(args.lora_dir).glob("*/adapter_config.json"))
+        if not configs:
+            raise CommandError(
+                f"--lora-dir {args.lora_dir}: no directory in it has an adapter_config.json"
+            )
+        named += [(config.parent.name, config.parent) for config in configs]
+    adapters: dict[str, Path] = {}
+    for name, path in named:
+        if name in base_names(args):
+            raise CommandError(
+                f"the adapter {name!r} has the name of the base model: choose another, or another "
+                "--served-model-name"
+            )
+        if name in adapters:
+            raise CommandError(f"two adapters are called {name!r}: {adapters[name]} and {path}")
+        adapters[name] = path
+    return adapters
+
+
+def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
+    """Loads the model and all adapters.
+
+    Args:
+        args: of `add_model_arguments` and `add_engine_arguments`.
+        progress: whether to draw a progress bar on stderr.
+
+    Raises:
+        CommandError: the model, an adapter or an option is refused.
+    """
+    adapters = adapter_dirs(args)  # cheap mistakes first
+    from slora_jax.adapters.peft import AdapterError
+    from slora_jax.engine.engine import Engine  # JAX takes a second to import
+
+    try:
+        engine = Engine(args.model, progress=progress, **engine_options(args))
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+    for name, path in adapters.items():
+        try:
+            engine.load_adapter(name, path)
+        except AdapterError as error:
+            raise CommandError(f"the adapter {name!r} is refused: {error}") from error
+    return engine
+
+
+def _named_dir(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(path)
+
+
+def _value_options(hint: Any) -> dict[str, Any]:
+    """How argparse reads values of a type: a `Literal`, a tuple, a plain type, each or None."""
+    if get_origin(hint) is UnionType:
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {"type": get_args(hint)[0], "nargs": "+", "metavar": "N"}
+    return {"type": hint, "metavar": "N"}
