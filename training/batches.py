@@ -5,10 +5,11 @@ Every sequence is `<|begin|> prompt <|sep|> answer <|end|>`; the loss counts the
 `<|end|>` only.
 """
 
-import queue
+import itertools
 import random
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -58,12 +59,11 @@ def random_batches(
 
 def prefetch(batches: Iterator[Batch], count: int, depth: int = 4) -> Iterator[Batch]:
     """Yields `count` batches, prepared ahead of their use by a background thread."""
-    ready: queue.Queue[Batch] = queue.Queue(maxsize=depth)
-
-    def produce() -> None:
-        for _ in range(count):
-            ready.put(next(batches))
-
-    threading.Thread(target=produce, daemon=True).start()
-    for _ in range(count):
-        yield ready.get()
+    # One worker, as two threads must not advance the same generator.
+    with ThreadPoolExecutor(max_workers=1) as producer:
+        futures = (producer.submit(next, batches) for _ in range(count))
+        pending = deque(itertools.islice(futures, depth))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(itertools.islice(futures, 1))
+            yield batch

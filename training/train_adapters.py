@@ -23,6 +23,13 @@ from training.trainer import cosine_optimizer, exact_match_rate, train
 MAX_LENGTH = 24
 
 
+def sequence_tokens(task: Task) -> int:
+    """Columns that hold the longest prompt with its answer."""
+    # Answers are longest for one long word, or for as many words as fit.
+    extremes = ("x" * MAX_LENGTH, "x " * (MAX_LENGTH // 2))
+    return MAX_LENGTH + max(len(task.transform(text)) for text in extremes) + 2
+
+
 def train_adapter(
     spec: AdapterSpec, base: Params, config: LlamaConfig, args: argparse.Namespace
 ) -> tuple[LoraParams, list[float]]:
@@ -45,17 +52,12 @@ def train_adapter(
         spec.init_lora(jax.random.key(args.seed), config),
         cosine_optimizer(args.learning_rate, steps, args.optimizer),
         prefetch(
-            random_batches(args.seed, args.batch_size, answer_tokens(task), sample_pair), steps
+            random_batches(args.seed, args.batch_size, sequence_tokens(task), sample_pair), steps
         ),
         steps,
         spec.task,
     )
     return round_to_bfloat16(lora), losses
-
-
-def answer_tokens(task: Task) -> int:
-    """Columns that hold the longest prompt and its answer."""
-    return MAX_LENGTH + len(task.transform("x" * MAX_LENGTH)) + 2
 
 
 def held_out_accuracy(
@@ -68,7 +70,7 @@ def held_out_accuracy(
         lambda weights, ids: forward(base, ids, config, weights, scales),
         lora,
         [(prompt, task.transform(prompt)) for prompt in held_out_prompts(seed, n)],
-        answer_tokens(task),
+        sequence_tokens(task),
     )
 
 

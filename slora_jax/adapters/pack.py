@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter as the pool holds it: pages of tiles, and where each module lies in them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,7 @@ def pack(
 
 
 def _write(
-    modules: dict[str, LoraPair],
+    modules: Mapping[str, LoraPair],
     names: tuple[str, ...],
     first: int,
     line: int,
@@ -94,7 +95,7 @@ def _write(
     return np.concatenate(sections)
 
 
-def _tiles(modules: dict[str, LoraPair], config: ModelConfig, layout: PageLayout) -> int:
+def _tiles(modules: Mapping[str, LoraPair], config: ModelConfig, layout: PageLayout) -> int:
     return sum(
         layout.module_tiles(pair.rank, *config.projection_shape(name))
         for name, pair in modules.items()

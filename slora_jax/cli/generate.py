@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -208,11 +208,11 @@ def _check_files(source: str, sink: str) -> None:
         raise CommandError(f"--input and --output are the same file, {source}")
 
 
-def _open(path: str, mode: str) -> AbstractContextManager[BinaryIO]:
+def _open(path: str, mode: Literal["rb", "wb"]) -> AbstractContextManager[BinaryIO]:
     if path == _STANDARD_STREAM:
         return nullcontext(sys.stdin.buffer if mode == "rb" else sys.stdout.buffer)
     try:
-        return Path(path).open(mode)  # type: ignore[return-value]
+        return Path(path).open(mode)
     except OSError as error:
         raise CommandError(f"cannot open {path}: {error.strerror}") from error
 

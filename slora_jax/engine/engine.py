@@ -3,7 +3,6 @@
 
 import itertools
 import logging
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import PageLayout, ceil_div
+from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.peft import AdapterError
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.config import EngineConfig, ModelConfig
-from slora_jax.core import Request, RequestError, RequestOutput, SamplingParams
+from slora_jax.core import RequestError, RequestOutput, SamplingParams
 from slora_jax.engine.output import RequestProgress, position_logprobs
-from slora_jax.engine.runner import MOST_BANNED, ModelRunner, StepResult
+from slora_jax.engine.requests import RequestMaker
+from slora_jax.engine.runner import ModelRunner, StepResult
 from slora_jax.engine.scheduler import Scheduler
 from slora_jax.engine.sizing import pool_pages
 from slora_jax.hf_config import read_model_config
@@ -91,7 +91,9 @@ class Engine:
         self._progress: dict[str, RequestProgress] = {}
         self._pending: StepResult | None = None
         self._ids = itertools.count()
-        self._random = random.Random(self.options.seed)
+        self._requests = RequestMaker(
+            self.config, self.options, self.tokenizer, self.adapters, self.pool.capacity
+        )
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
 
@@ -148,31 +150,10 @@ class Engine:
             request_id = f"request-{next(self._ids)}"
         if request_id in self._progress:
             raise RequestError(f"request_id {request_id!r} is in progress already", "request_id")
-        if adapter is not None and adapter not in self.adapters:
-            raise RequestError(f"the adapter {adapter!r} does not exist", "adapter")
-        tokens = self._encode(prompt)
-        assert self.options.max_model_len is not None
-        room = self.options.max_model_len - len(tokens)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; with at least one token of output that is "
-                f"more than max_model_len {self.options.max_model_len}",
-                "prompt",
-            )
-        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
-        request = Request(
-            id=request_id,
-            prompt=tokens,
-            params=params,
-            adapter=adapter,
-            stop_ids=self._stop_ids(params),
-            seed=random.Random(seed).getrandbits(31),
-            max_output=min(params.max_tokens or room, room),
-        )
-        self._check(request)
+        request = self._requests.make(request_id, prompt, params, adapter)
         detokenizer = None
         if self.tokenizer is not None:
-            detokenizer = Detokenizer(self.tokenizer, tokens, params.skip_special_tokens)
+            detokenizer = Detokenizer(self.tokenizer, request.prompt, params.skip_special_tokens)
         self._progress[request_id] = RequestProgress(
             request, self.config.eos_token_ids, detokenizer
         )
@@ -227,8 +208,14 @@ class Engine:
             adapters: for all, or one each; None is the base model.
         """
         prompts = list(prompts)
-        each_params = [params] * len(prompts) if _is_single(params) else list(params)
-        each_adapter = [adapters] * len(prompts) if _is_single(adapters) else list(adapters)
+        each_params: Sequence[SamplingParams | None] = (
+            [params] * len(prompts)
+            if params is None or isinstance(params, SamplingParams)
+            else params
+        )
+        each_adapter: Sequence[str | None] = (
+            [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else adapters
+        )
         ids: list[str] = []
         try:
             for prompt, one, adapter in zip(prompts, each_params, each_adapter, strict=True):
@@ -284,61 +271,6 @@ class Engine:
     def _k(self, asked: int) -> int:
         return self.config.vocab_size if asked == -1 else asked
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError(
-                    "the model has no tokenizer: give the prompt as a list of token ids", "prompt"
-                )
-            tokens = self.tokenizer.encode(prompt)
-        else:
-            tokens = list(prompt)
-        if not tokens:
-            raise RequestError("the prompt is empty", "prompt")
-        vocab = self.config.vocab_size
-        for token in tokens:
-            if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
-                raise RequestError(
-                    f"the prompt holds {token!r}; token ids are integers from 0 to {vocab - 1}",
-                    "prompt",
-                )
-        return [int(token) for token in tokens]
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        eos = () if params.ignore_eos else self.config.eos_token_ids
-        return frozenset(params.stop_token_ids) | frozenset(eos)
-
-    def _check(self, request: Request) -> None:
-        """Refuses what could never be served."""
-        params = request.params
-        for name in ("logprobs", "prompt_logprobs"):
-            asked, most = getattr(params, name), self.options.max_logprobs
-            if asked is not None and most != -1 and not 0 <= asked <= most:
-                raise RequestError(f"{name} is {asked}; max_logprobs is {most}", name)
-            if asked is not None and asked > self.config.vocab_size:
-                raise RequestError(f"{name} is more than the {self.config.vocab_size} tokens", name)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids", "stop")
-        if params.min_tokens and len(request.stop_ids) > MOST_BANNED:
-            raise RequestError(
-                f"min_tokens with {len(request.stop_ids)} stop tokens; at most {MOST_BANNED}",
-                "stop_token_ids",
-            )
-        for token in params.stop_token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise RequestError(
-                    f"stop_token_ids holds {token}, which is no token id", "stop_token_ids"
-                )
-        tokens = len(request.prompt) + request.max_output - 1
-        kv = ceil_div(tokens, self._layout.page_size)
-        lora = 0 if request.adapter is None else self.adapters.num_pages(request.adapter)
-        if kv + lora > self.pool.capacity:
-            raise RequestError(
-                f"the request needs {kv} pages for {tokens} tokens of KV cache and {lora} for its "
-                f"adapter, the pool has {self.pool.capacity}: raise num_pages, or lower max_tokens",
-                "max_tokens",
-            )
-
     def pool_usage(self) -> dict[str, Any]:
         """How the pool's pages are used now: KV, each resident adapter, free."""
         return {
@@ -366,7 +298,3 @@ def _resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
             f"{longest}"
         )
     return replace(options, max_model_len=options.max_model_len or longest)
-
-
-def _is_single(value: Any) -> bool:
-    return value is None or isinstance(value, str | SamplingParams)

@@ -37,7 +37,7 @@ class RequestProgress:
         self._logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
-            self._prompt_logprobs = [None] * len(request.prompt)
+            self._prompt_logprobs = [None for _ in request.prompt]
 
     def append(self, token: int, logprobs: PositionLogprobs | None) -> RequestOutput:
         """Takes the next token; the result says whether the request is finished by it."""

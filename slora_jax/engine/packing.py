@@ -9,6 +9,8 @@ from slora_jax.core import RowPlan, StepPlan
 from slora_jax.engine.sampler import PenaltyInputs, SamplingInputs
 from slora_jax.model.inputs import Bucket, StepInputs
 
+MOST_BANNED = 16  # token ids that `min_tokens` can hold back, a row
+
 
 class Buckets:
     """The shapes that steps are padded to.

@@ -21,7 +21,15 @@ from slora_jax.adapters.pack import PackedAdapter, most_pages
 from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
 from slora_jax.core import Install, Request, StepPlan
 from slora_jax.engine import programs
-from slora_jax.engine.packing import Buckets, banned_ids, pack_step, padded, penalties, sampling
+from slora_jax.engine.packing import (
+    MOST_BANNED,
+    Buckets,
+    banned_ids,
+    pack_step,
+    padded,
+    penalties,
+    sampling,
+)
 from slora_jax.engine.programs import StepShape
 from slora_jax.engine.sampler import Logprobs, TokenCounts
 from slora_jax.model.inputs import Bucket
@@ -31,7 +39,6 @@ from slora_jax.model.weights import LlamaWeights
 logger = logging.getLogger(__name__)
 
 INSTALL_PAGES = 8  # pages of one install: the most that a step waits for before it goes on
-MOST_BANNED = 16  # token ids that `min_tokens` can hold back, a row
 
 
 @dataclass(frozen=True, slots=True)

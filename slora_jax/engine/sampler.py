@@ -5,14 +5,18 @@ A batch of greedy requests runs `greedy` and nothing else. Penalties and banned 
 the choice; log-probabilities are of the model's own logits, beside it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 _LEAST_TEMPERATURE = 1e-5
+
+HostOrDevice = np.ndarray | Array
 
 
 @struct.dataclass
@@ -20,21 +24,21 @@ class SamplingInputs:
     """One value a row; `seed` and `position` make the randomness of a token independent of batch,
     chunking and preemption."""
 
-    temperature: Float[Array, " B"]  # 0: greedy
-    top_k: Int[Array, " B"]  # V: all
-    top_p: Float[Array, " B"]
-    min_p: Float[Array, " B"]
-    seed: Int[Array, " B"]
-    position: Int[Array, " B"]  # of the token in the output
+    temperature: Float[HostOrDevice, " B"]  # 0: greedy
+    top_k: Int[HostOrDevice, " B"]  # V: all
+    top_p: Float[HostOrDevice, " B"]
+    min_p: Float[HostOrDevice, " B"]
+    seed: Int[HostOrDevice, " B"]
+    position: Int[HostOrDevice, " B"]  # of the token in the output
 
 
 @struct.dataclass
 class PenaltyInputs:
     """One value a row."""
 
-    repetition: Float[Array, " B"]
-    presence: Float[Array, " B"]
-    frequency: Float[Array, " B"]
+    repetition: Float[HostOrDevice, " B"]
+    presence: Float[HostOrDevice, " B"]
+    frequency: Float[HostOrDevice, " B"]
 
 
 @struct.dataclass
@@ -101,7 +105,7 @@ def penalize(
 
 def count(counts: TokenCounts, slot: Int[Array, " B"], tokens: Int[Array, " B"]) -> TokenCounts:
     """Counts each row's new token; rows whose slot is out of range count nothing."""
-    return counts.replace(output=counts.output.at[slot, tokens].add(1, mode="drop"))
+    return replace(counts, output=counts.output.at[slot, tokens].add(1, mode="drop"))
 
 
 def reset_counts(

@@ -4,12 +4,15 @@
 One array is one copy to the device; every field has a fixed place that follows from the bucket.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
+from numpy.typing import ArrayLike
 
 from slora_jax.core import FROM_DEVICE
 
@@ -47,30 +50,27 @@ class StepInputs:
     def sizes(bucket: Bucket) -> dict[str, int]:
         """Length of every field, in order."""
         tokens, rows, updates = bucket
-        return (
-            dict.fromkeys(("tokens", "positions", "row"), tokens)
-            | dict.fromkeys(("slot", "query_start", "query_len", "context_len"), rows)
-            | dict.fromkeys(("segment_slot", "segment_tokens", "segment_rows"), rows)
-            | dict.fromkeys(("update_slot", "update_column", "update_page"), updates)
-        )
+        names = [field.name for field in fields(StepInputs)]
+        sizes = [tokens] * 3 + [rows] * 7 + [updates] * 3
+        return dict(zip(names, sizes, strict=True))
 
     @classmethod
     def unpack(cls, packed: Int[Array, " n"], bucket: Bucket) -> "StepInputs":
         """The fields as slices of the packed array."""
-        fields, start = {}, 0
+        parts, start = {}, 0
         for name, size in cls.sizes(bucket).items():
-            fields[name] = packed[start : start + size]
+            parts[name] = packed[start : start + size]
             start += size
-        return cls(**fields)
+        return cls(**parts)
 
     @classmethod
     def pack(
-        cls, fields: dict[str, list[int] | np.ndarray], padding: dict[str, int], bucket: Bucket
+        cls, values_of: Mapping[str, ArrayLike], padding: dict[str, int], bucket: Bucket
     ) -> Int[np.ndarray, " n"]:
         """The fields one after another, each filled up with its padding value (default 0)."""
         parts = []
         for name, size in cls.sizes(bucket).items():
-            values = np.asarray(fields[name], np.int32)
+            values = np.asarray(values_of[name], np.int32)
             if len(values) > size:
                 raise ValueError(f"{name} has {len(values)} entries, the bucket {bucket} {size}")
             fill = np.full(size - len(values), padding.get(name, 0), np.int32)

@@ -5,6 +5,7 @@ LoRA is added to each projection's output, never merged into its weight, by kern
 adapters' matrices from the pool.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -64,7 +65,7 @@ class Lora:
 
     def with_lengths(self, length: Int[Array, " G"]) -> "Lora":
         """The same adapters over other tokens."""
-        return self.replace(segments=self.segments._replace(length=length))
+        return replace(self, segments=self.segments._replace(length=length))
 
 
 def rms_norm(x: Float[Array, "T E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "T E"]:
@@ -89,12 +90,10 @@ def project(
         return y
     first = LAYER_MODULES.index(names[0])
     table = lora.module_table(layer, slice(first, first + len(names)))
-    options = {"layout": lora.layout}
-    h = lora_shrink(x, pool, layer, lora.segments, table, max_rank=lora.max_rank, **options)
+    where = pool, layer, lora.segments, table
+    h = lora_shrink(x, *where, max_rank=lora.max_rank, layout=lora.layout)
     outputs = tuple(config.projection_shape(name)[1] for name in names)
-    return lora_expand(
-        y, h, pool, layer, lora.segments, table, inputs=x.shape[1], outputs=outputs, **options
-    )
+    return lora_expand(y, h, *where, inputs=x.shape[1], outputs=outputs, layout=lora.layout)
 
 
 @struct.dataclass
@@ -170,13 +169,10 @@ def embed(
         return x
     table = lora.module_table(config.num_hidden_layers, _outer("embed_tokens"))
     vocab, outputs = config.projection_shape("embed_tokens")
-    options = {"layout": lora.layout}
-    h = lora_lookup(
-        tokens, pool, lora.segments, table, vocab=vocab, max_rank=lora.max_rank, **options
-    )
-    return lora_expand(
-        x, h, pool, None, lora.segments, table, inputs=vocab, outputs=(outputs,), **options
-    )
+    size = {"vocab": vocab, "max_rank": lora.max_rank, "layout": lora.layout}
+    h = lora_lookup(tokens, pool, lora.segments, table, **size)
+    where = pool, None, lora.segments, table
+    return lora_expand(x, h, *where, inputs=vocab, outputs=(outputs,), layout=lora.layout)
 
 
 def head(
@@ -191,10 +187,10 @@ def head(
     logits = lm_head(hidden)
     if lora is not None:
         table = lora.module_table(config.num_hidden_layers, _outer("lm_head"))
-        options = {"layout": lora.layout}
-        h = lora_shrink(hidden, pool, None, lora.segments, table, max_rank=lora.max_rank, **options)
-        size = {"inputs": hidden.shape[1], "outputs": (logits.shape[1],)}
-        logits = lora_expand(logits, h, pool, None, lora.segments, table, **size, **options)
+        inputs, outputs = hidden.shape[1], (logits.shape[1],)
+        where = pool, None, lora.segments, table
+        h = lora_shrink(hidden, *where, max_rank=lora.max_rank, layout=lora.layout)
+        logits = lora_expand(logits, h, *where, inputs=inputs, outputs=outputs, layout=lora.layout)
     return logits.astype(jnp.float32)
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a caller asks to a request that is sure to be served, or an error that says why not."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from slora_jax.adapters.store import AdapterStore
+from slora_jax.config import EngineConfig, ModelConfig
+from slora_jax.core import Request, RequestError, SamplingParams
+from slora_jax.engine.packing import MOST_BANNED
+from slora_jax.tokenizer import Tokenizer
+
+
+class RequestMaker:
+    """Checks requests against the model, the adapters and the pool.
+
+    Args:
+        config: the model's shape.
+        options: the engine's; `max_model_len` is set.
+        tokenizer: None if prompts are token ids only.
+        adapters: those that can be asked for.
+        capacity: pages of the pool.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: EngineConfig,
+        tokenizer: Tokenizer | None,
+        adapters: AdapterStore,
+        capacity: int,
+    ):
+        assert options.max_model_len is not None
+        self._config = config
+        self._options = options
+        self._max_model_len = options.max_model_len
+        self._tokenizer = tokenizer
+        self._adapters = adapters
+        self._capacity = capacity
+        self._random = random.Random(options.seed)
+
+    def make(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        adapter: str | None,
+    ) -> Request:
+        """A request whose tokens, all in all, fit the model and the pool.
+
+        Raises:
+            RequestError: it can never be served; the message names the field and the remedy.
+        """
+        if adapter is not None and adapter not in self._adapters:
+            raise RequestError(f"the adapter {adapter!r} does not exist", "adapter")
+        tokens = self._encode(prompt)
+        room = self._max_model_len - len(tokens)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens; with at least one token of output that is "
+                f"more than max_model_len {self._max_model_len}",
+                "prompt",
+            )
+        self._check_logprobs(params)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        request = Request(
+            id=request_id,
+            prompt=tokens,
+            params=params,
+            adapter=adapter,
+            stop_ids=self._stop_ids(params),
+            seed=random.Random(seed).getrandbits(31),
+            max_output=min(params.max_tokens or room, room),
+        )
+        self._check_pages(request)
+        return request
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError(
+                    "the model has no tokenizer: give the prompt as a list of token ids", "prompt"
+                )
+            prompt = self._tokenizer.encode(prompt)
+        if not len(prompt):
+            raise RequestError("the prompt is empty", "prompt")
+        vocab = self._config.vocab_size
+        for token in prompt:
+            if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
+                raise RequestError(
+                    f"the prompt holds {token!r}; token ids are integers from 0 to {vocab - 1}",
+                    "prompt",
+                )
+        return [int(token) for token in prompt]
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Token ids that end the output."""
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids", "stop")
+        for token in params.stop_token_ids:
+            if not 0 <= token < self._config.vocab_size:
+                raise RequestError(
+                    f"stop_token_ids holds {token}, which is no token id", "stop_token_ids"
+                )
+        eos = () if params.ignore_eos else self._config.eos_token_ids
+        ids = frozenset((*params.stop_token_ids, *eos))
+        if params.min_tokens and len(ids) > MOST_BANNED:
+            raise RequestError(
+                f"min_tokens with {len(ids)} stop tokens; at most {MOST_BANNED}", "stop_token_ids"
+            )
+        return ids
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        most, vocab = self._options.max_logprobs, self._config.vocab_size
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is None:
+                continue
+            if most != -1 and not 0 <= asked <= most:
+                raise RequestError(f"{name} is {asked}; max_logprobs is {most}", name)
+            if asked > vocab:
+                raise RequestError(f"{name} is {asked}; the model has {vocab} tokens", name)
+
+    def _check_pages(self, request: Request) -> None:
+        """Refuses what would not fit even if it were alone in the pool."""
+        tokens = len(request.prompt) + request.max_output - 1
+        kv = -(-tokens // self._options.page_size)
+        lora = 0 if request.adapter is None else self._adapters.num_pages(request.adapter)
+        if kv + lora > self._capacity:
+            raise RequestError(
+                f"the request needs {kv} pages for {tokens} tokens of KV cache and {lora} for its "
+                f"adapter, the pool has {self._capacity}: raise num_pages, or lower max_tokens",
+                "max_tokens",
+            )
