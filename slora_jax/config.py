@@ -108,6 +108,8 @@ class EngineConfig:
         max_lora_rank: largest rank that an adapter may have.
         max_logprobs: most log-probabilities a position that a request may ask for; -1: all.
         seed: of requests that bring none.
+        compilation_cache_dir: where compiled programs are kept for the next start, unless JAX was
+            told another place already; None: nowhere. It holds for the whole process.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -123,6 +125,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     max_logprobs: int = 20
     seed: int = 0
+    compilation_cache_dir: str | None = "~/.cache/slora-jax"
 
     def __post_init__(self) -> None:
         sizes = self.decode_batch_sizes

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
-    parser.add_argument("--held-out", type=int, default=2048, help="texts to measure on")
+    parser.add_argument("--held-out", type=int, default=4096, help="texts to measure on")
     args = parser.parse_args(argv)
 
     started = time.perf_counter()

@@ -29,6 +29,7 @@ _ENGINE_HELP: Mapping[str, str] = {
     "max_lora_rank": "largest rank of an adapter",
     "max_logprobs": "most log-probabilities a position that may be asked for; -1: all",
     "seed": "of requests that bring none",
+    "compilation_cache_dir": "where compiled programs are kept for the next start",
 }
 
 

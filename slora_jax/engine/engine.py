@@ -56,6 +56,7 @@ class Engine:
         model_dir = Path(model)
         self.config = read_model_config(model_dir)
         self.options = _resolve(EngineConfig(**options), self.config)
+        _keep_compiled_programs(self.options.compilation_cache_dir)
         self.tokenizer = load_tokenizer(model_dir)
         dtype = jnp.dtype(self.options.dtype)
         if self.options.load_format == "dummy":
@@ -298,3 +299,9 @@ def _resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
             f"{longest}"
         )
     return replace(options, max_model_len=options.max_model_len or longest)
+
+
+def _keep_compiled_programs(directory: str | None) -> None:
+    """Names JAX's persistent cache, unless the user has: a step takes seconds to compile."""
+    if directory is not None and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))

@@ -6,6 +6,7 @@ owners, a token computed at the wrong place or an adapter written over shows up 
 """
 
 import zlib
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -77,37 +78,19 @@ class Device:
 class Host:
     """Drives the scheduler as `Engine` does: a step's tokens are read after the next is planned."""
 
-    def __init__(
-        self,
-        capacity: int = 20,
-        *,
-        page_size: int = 4,
-        max_num_seqs: int = 4,
-        max_num_batched_tokens: int = 16,
-        adapter_slots: int = 4,
-    ):
-        self.page_size, self.adapter_slots = page_size, adapter_slots
-        self.limits = {
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
+    def __init__(self, capacity=20, page_size=4, max_num_seqs=4, budget=16, adapter_slots=4):
+        self.page_size, self.max_num_seqs = page_size, max_num_seqs
+        self.budget, self.adapter_slots = budget, adapter_slots
         self.pool = PagePool(capacity + 1)
         self.cache = AdapterCache(self.pool, adapter_slots, ADAPTER_PAGES.__getitem__)
-        self.scheduler = Scheduler(self.pool, self.cache, page_size=page_size, **self.limits)
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+        self.scheduler = Scheduler(self.pool, self.cache, page_size=page_size, **limits)
         self.device = Device(capacity + 1, page_size)
-        self.live: dict[
-            Request, int
-        ] = {}  # the length at which each will stop, in order of arrival
+        self.live: dict[Request, int] = {}  # by arrival: the length at which each will stop
         self.added = 0
         self._unread: tuple[StepPlan, list[int]] | None = None
 
-    def add(
-        self,
-        prompt: int,
-        max_output: int = 1,
-        adapter: str | None = None,
-        stops_after: int | None = None,
-    ) -> Request:
+    def add(self, prompt: int, max_output=1, adapter=None, stops_after=None) -> Request:
         """A request of that many prompt tokens, cut to what the pool can hold at all."""
         adapter_pages = 0 if adapter is None else ADAPTER_PAGES[adapter]
         most = (self.pool.capacity - adapter_pages) * self.page_size
@@ -132,28 +115,32 @@ class Host:
 
     def step(self) -> StepPlan | None:
         decoding = [r for r in self.scheduler.running if r.num_to_compute == 1]
+        preempted = self.scheduler.num_preemptions
         plan = self.scheduler.schedule()
         previous, self._unread = self._unread, None
         if plan is not None:
             self._check_plan(plan, decoding)
+            assert not plan.started or preempted == self.scheduler.num_preemptions
             self._unread = plan, self.device.run(plan)
         assert plan or previous or not self.live, "requests wait, but none can run"
         if previous is not None:
             self._read(*previous)
         return plan
 
+    def step_until(self, done: Callable[[], bool], bound: int = 100) -> None:
+        while not done():
+            assert bound > 0, "some request starves"
+            bound -= 1
+            self.step()
+            self.check()
+
     def drain(self) -> None:
         """Runs to the end. The first request in line gets a token at least in every other step."""
         bound = sum(len(r.prompt) + 2 * r.max_output + 4 for r in self.live)
-        for _ in range(bound):
-            if not self.live:
-                return
-            self.step()
-            self.check()
-        assert not self.live, "some request starves"
+        self.step_until(lambda: not self.live, bound)
 
     def check(self) -> None:
-        self.scheduler.check(self.limits["max_num_seqs"], self.adapter_slots)
+        self.scheduler.check(self.max_num_seqs, self.adapter_slots)
         assert list(self.scheduler.requests) == list(self.live), "not first come, first served"
         assert self.device.pages[0] == {}, "the reserved page was written"
 
@@ -174,9 +161,9 @@ class Host:
         planned = [row.request for row in plan.rows]
         order = [(row.adapter_slot is None, row.adapter_slot or 0) for row in plan.rows]
         assert order == sorted(order), "rows of one adapter are not together, or base is not last"
-        assert len(set(planned)) == len(planned) <= self.limits["max_num_seqs"]
+        assert len(set(planned)) == len(planned) <= self.max_num_seqs
         assert all(row.tokens for row in plan.rows)
-        assert plan.num_tokens <= self.limits["max_num_batched_tokens"]
+        assert plan.num_tokens <= self.budget
         assert len(plan.page_updates) <= plan.num_tokens // self.page_size + len(plan.rows)
         places = [(slot, column) for slot, column, _ in plan.page_updates]
         assert len(set(places)) == len(places), "two updates of one entry race on the device"
@@ -184,13 +171,12 @@ class Host:
             assert request in planned or request.slot is None, "a decode waits for prompts"
 
 
-REQUESTS = st.fixed_dictionaries(
-    {
-        "prompt": st.integers(1, 16),
-        "max_output": st.integers(1, 32),
-        "adapter": st.sampled_from([None, None, None, *ADAPTER_PAGES]),
-        "stops_after": st.none() | st.integers(4, 24),
-    }
+REQUESTS = st.builds(
+    dict,
+    prompt=st.integers(1, 16),
+    max_output=st.integers(1, 32),
+    adapter=st.sampled_from([None, None, None, *ADAPTER_PAGES]),
+    stops_after=st.none() | st.integers(4, 24),
 )
 
 
@@ -206,8 +192,7 @@ class ServingMachine(RuleBasedStateMachine):
     )
     def start(self, max_num_seqs: int, spare_tokens: int, **sizes: int) -> None:
         budget = max_num_seqs + spare_tokens
-        sizes |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
-        self.host = Host(**sizes)
+        self.host = Host(max_num_seqs=max_num_seqs, budget=budget, **sizes)
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def add(self, requests: list[dict]) -> None:
@@ -249,7 +234,7 @@ def requests_of(plan: StepPlan | None) -> set[Request]:
 
 
 def test_decodes_come_first_and_prompts_share_the_rest():
-    host = Host(max_num_batched_tokens=8)
+    host = Host(budget=8)
     decoding = host.add(2, max_output=5)
     host.step()
     first, second = host.add(5), host.add(9)
@@ -268,16 +253,15 @@ def test_the_host_plans_a_token_that_it_has_not_read():
 
 
 def test_the_request_admitted_last_is_preempted():
-    host = Host(capacity=9, max_num_batched_tokens=32)
+    host = Host(capacity=9, budget=32)
     requests = [host.add(8, max_output=8) for _ in range(3)]  # they grow to four pages each
-    while not host.scheduler.num_preemptions:
-        host.step()
+    host.step_until(lambda: host.scheduler.num_preemptions > 0)
     assert [r.num_preemptions for r in requests] == [0, 0, 1]
     host.drain()
 
 
 def test_admission_counts_on_short_outputs():
-    host = Host(capacity=6, max_num_batched_tokens=32)
+    host = Host(capacity=6, budget=32)
     requests = {host.add(4, max_output=20) for _ in range(3)}  # two pages now, six at worst
     assert requests_of(host.step()) == requests
 
@@ -312,7 +296,7 @@ def test_a_preempted_request_waits_for_its_tokens_in_flight():
     host = Host(capacity=4)
     first, late = host.add(7, max_output=9), host.add(7, max_output=9)
     while not late.num_preemptions:
-        host.scheduler.schedule()  # and nothing is read
+        assert host.scheduler.schedule() is not None  # and nothing is read
     assert late.in_flight > 0
     host.abort(first)
     assert host.scheduler.schedule() is None
@@ -350,8 +334,8 @@ def test_an_adapter_in_use_is_not_evicted(capacity, adapter_slots):
     host.step()
     with pytest.raises(RuntimeError, match="1 users"):
         host.cache.evict("four")
-    while user in host.live:
-        assert waits not in requests_of(host.step())
+    host.step_until(lambda: waits.slot is not None)
+    assert user not in host.live
     host.drain()
 
 
@@ -360,8 +344,7 @@ def test_an_adapter_used_until_now_outlives_one_that_was_idle():
     host = Host(adapter_slots=2)
     user = host.add(4, max_output=9, adapter="one")
     host.add(4, adapter="two")
-    while user in host.live:
-        host.step()
+    host.step_until(lambda: user not in host.live)
     host.add(4, adapter="three")
     host.step()
     assert list(host.cache.residents) == ["one", "three"]
