@@ -67,7 +67,7 @@ class Engine:
             self.config.num_key_value_heads, self.config.head_dim, self.options.page_size
         )
         if self.options.num_pages is None:
-            pages = pool_pages(self.config, self.options, layout, dtype, temporaries=0)
+            pages = pool_pages(weights, self.config, self.options, layout)
             self.options = replace(self.options, num_pages=pages)
         assert self.options.num_pages is not None
         self._layout = layout
@@ -276,7 +276,7 @@ class Engine:
         """How the pool's pages are used now: KV, each resident adapter, free."""
         return {
             "pages": self.pool.capacity,
-            "page_bytes": self.runner.pool.nbytes // self.pool.num_pages,
+            "page_bytes": self.runner.state.pool.nbytes // self.pool.num_pages,
             "kv": self.pool.num_used(PageUse.KV),
             "adapters": {name: len(r.pages) for name, r in sorted(self.cache.residents.items())},
             "free": self.pool.num_free,

@@ -36,10 +36,16 @@ class Buckets:
 
     def of(self, plan: StepPlan) -> Bucket:
         """The smallest bucket that holds a plan."""
-        rows = next(n for n in self._rows if n >= len(plan.rows))
         if plan.decode_only:
+            rows = next(n for n in self._rows if n >= len(plan.rows))
             return Bucket(rows, rows, rows)
-        tokens = next(n for n in self._tokens if n >= plan.num_tokens)
+        return self._mixed(next(n for n in self._tokens if n >= plan.num_tokens))
+
+    @property
+    def largest(self) -> Bucket:
+        return self._mixed(self._tokens[-1])
+
+    def _mixed(self, tokens: int) -> Bucket:
         rows = self._rows[-1]
         # A row of n tokens enters at most n // page_size + 1 new pages.
         return Bucket(tokens, rows, tokens // self._page_size + rows)

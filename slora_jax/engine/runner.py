@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.layout import PageLayout, ceil_div
-from slora_jax.adapters.pack import PackedAdapter, most_pages
-from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
+from pallas_kernels.layout import PageLayout
+from slora_jax.adapters.pack import PackedAdapter
+from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import Install, Request, StepPlan
 from slora_jax.engine import programs
 from slora_jax.engine.packing import (
@@ -32,8 +32,9 @@ from slora_jax.engine.packing import (
 )
 from slora_jax.engine.programs import StepShape
 from slora_jax.engine.sampler import Logprobs, TokenCounts
+from slora_jax.engine.state import new_state
 from slora_jax.model.inputs import Bucket
-from slora_jax.model.llama import LoraMode, LoraTables
+from slora_jax.model.llama import LoraMode
 from slora_jax.model.weights import LlamaWeights
 
 logger = logging.getLogger(__name__)
@@ -70,32 +71,17 @@ class ModelRunner:
         layout: PageLayout,
         packed: Callable[[str], PackedAdapter],
     ):
-        assert options.num_pages is not None
-        assert options.max_model_len is not None
         self._weights = weights
-        self._config = config
         self._options = options
         self._packed = packed
-        self.dtype = weights.embed_tokens.dtype
-        layers, slots, vocab = config.num_hidden_layers, options.max_num_seqs, config.vocab_size
-        self.pool = jnp.zeros((layers, options.num_pages, layout.page_elems), self.dtype)
-        columns = ceil_div(options.max_model_len, layout.page_size)
-        self._page_table = jnp.zeros((slots, columns), jnp.int32)
-        self._last_token = jnp.zeros(slots, jnp.int32)
-        lines = (options.max_loras, layers + 1, len(LAYER_MODULES))
-        self._tables = LoraTables(
-            jnp.zeros((options.max_loras, most_pages(options.max_lora_rank, config, layout)), int),
-            jnp.zeros(lines, jnp.int32),
-            jnp.zeros(lines, jnp.int32),
-            jnp.zeros(lines, jnp.float32),
-        )
+        self.state = new_state(config, options, layout, weights.embed_tokens.dtype)
         self._counts: TokenCounts | None = None  # made when the first request has penalties
-        self._vocab = vocab
+        self._vocab = config.vocab_size
         self._shape = StepShape(
             Bucket(0, 0, 0), False, "none", options.max_lora_rank, config, layout
         )
         self._buckets = Buckets(
-            slots,
+            options.max_num_seqs,
             options.max_num_batched_tokens,
             layout.page_size,
             options.decode_batch_sizes,
@@ -118,15 +104,10 @@ class ModelRunner:
         )
         packed = jnp.asarray(pack_step(plan, shape.bucket, self._options.max_num_seqs))
         with self._announced(shape):
-            logits, hidden, self.pool, self._page_table = programs.model_step(
-                self._weights,
-                self.pool,
-                self._page_table,
-                self._last_token,
-                self._tables,
-                packed,
-                shape=shape,
+            logits, hidden, pool, page_table = programs.model_step(
+                self._weights, *self.state, packed, shape=shape
             )
+            self.state = self.state._replace(pool=pool, page_table=page_table)
         tokens = self._sample(plan, logits)
         result = StepResult(
             plan,
@@ -140,20 +121,20 @@ class ModelRunner:
     def _install(self, install: Install) -> None:
         """Writes an adapter into its pages, a fixed number of pages at a time."""
         packed = self._packed(install.adapter)
-        out_of_range = self.pool.shape[1]
+        pool, tables = self.state.pool, self.state.tables
         for first in range(0, len(install.pages), INSTALL_PAGES):
             contents = packed.pages[first : first + INSTALL_PAGES]
             short = INSTALL_PAGES - len(contents)
             if short:
                 contents = np.pad(contents, ((0, short), (0, 0), (0, 0)))
-            pages = padded(
-                install.pages[first : first + INSTALL_PAGES], INSTALL_PAGES, out_of_range
-            )
-            self.pool = programs.install_pages(self.pool, pages, contents)
-        pages = padded(install.pages, self._tables.pages.shape[1], 0)
-        self._tables = programs.install_tables(
-            self._tables, install.adapter_slot, pages, packed.rank, packed.first_tile, packed.scale
+            chunk = install.pages[first : first + INSTALL_PAGES]
+            pages = padded(chunk, INSTALL_PAGES, fill=pool.shape[1])
+            pool = programs.install_pages(pool, pages, contents)
+        pages = padded(install.pages, tables.pages.shape[1], fill=0)
+        tables = programs.install_tables(
+            tables, install.adapter_slot, pages, packed.rank, packed.first_tile, packed.scale
         )
+        self.state = self.state._replace(pool=pool, tables=tables)
         self._outer.discard(install.adapter_slot)
         if packed.rank[-1].any():
             self._outer.add(install.adapter_slot)
@@ -185,7 +166,8 @@ class ModelRunner:
         if penalized:
             assert self._counts is not None
             self._counts = programs.count(self._counts, slot, tokens)
-        self._last_token = programs.remember(self._last_token, slot, tokens)
+        last_token = programs.remember(self.state.last_token, slot, tokens)
+        self.state = self.state._replace(last_token=last_token)
         return tokens
 
     def _logprobs(self, plan: StepPlan, logits: Array, tokens: Array) -> Logprobs | None:
@@ -210,8 +192,8 @@ class ModelRunner:
             targets += following + [0] * (len(row.tokens) - len(following))
         return programs.prompt_logprobs(
             self._weights,
-            self.pool,
-            self._tables,
+            self.state.pool,
+            self.state.tables,
             packed,
             hidden,
             padded(targets, hidden.shape[0], 0),

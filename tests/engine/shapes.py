@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of a compiled step as shapes, for compiling without running."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import PageLayout
-from slora_jax.adapters.pack import most_pages
-from slora_jax.config import LAYER_MODULES, ModelConfig
+from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.engine.programs import StepShape
+from slora_jax.engine.state import new_state
 from slora_jax.model.inputs import Bucket, StepInputs
-from slora_jax.model.llama import LoraMode, LoraTables
+from slora_jax.model.llama import LoraMode
 from slora_jax.model.loader import dummy_weights
 
 TINY = ModelConfig(
@@ -49,22 +48,17 @@ def step_shapes(
 ) -> tuple[list[Any], StepShape]:
     """Arguments of `programs.model_step`: weights, pool, page table, …, and its static shape."""
     layout = PageLayout(config.num_key_value_heads, config.head_dim, page_size=16)
+    options = EngineConfig(
+        num_pages=pages,
+        max_model_len=config.max_position_embeddings,
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+        max_loras=64,
+        max_lora_rank=max_rank,
+    )
     bucket = Bucket(tokens, rows, rows + tokens // layout.page_size)
     shape = StepShape(bucket, tokens == rows, lora_mode, max_rank, config, layout)
-    ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    adapters, lines = 64, (64, config.num_hidden_layers + 1, len(LAYER_MODULES))
-    tables = LoraTables(
-        ints((adapters, most_pages(max_rank, config, layout))),
-        ints(lines),
-        ints(lines),
-        jax.ShapeDtypeStruct(lines, jnp.float32),
-    )
-    args = [
-        jax.eval_shape(lambda: dummy_weights(config, dtype)),
-        jax.ShapeDtypeStruct((config.num_hidden_layers, pages, layout.page_elems), dtype),
-        ints((rows, config.max_position_embeddings // layout.page_size)),
-        ints((rows,)),
-        tables,
-        ints((sum(StepInputs.sizes(bucket).values()),)),
-    ]
-    return args, shape
+    weights = jax.eval_shape(lambda: dummy_weights(config, dtype))
+    packed = jax.ShapeDtypeStruct((sum(StepInputs.sizes(bucket).values()),), jnp.int32)
+    state = jax.eval_shape(lambda: new_state(config, options, layout, dtype))
+    return [weights, *state, packed], shape

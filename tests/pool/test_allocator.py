@@ -123,16 +123,17 @@ def test_a_refused_release_changes_nothing():
     assert pool.owners(page) == 1
 
 
-# What `check` is told of the owners, where the truth is one KV page 1 and one adapter page 2.
+# What `check` is told of the owners, where the truth is one KV page 1 and one adapter page 2, and
+# what it says.
 WRONG_LISTS = {
-    "a forgotten KV owner": ([], [[2]]),
-    "a forgotten adapter": ([[1]], []),
-    "an owner too many": ([[1], [1]], [[2]]),
-    "a page of nobody": ([[1, 3]], [[2]]),
-    "KV that is an adapter's": ([[1, 2]], []),
-    "both KV and an adapter's": ([[1, 2]], [[2]]),
-    "two adapters on one page": ([[1]], [[2], [2]]),
-    "the reserved page": ([[1, RESERVED_PAGE]], [[2]]),
+    "a forgotten KV owner": ([], [[2]], "owner counts differ"),
+    "a forgotten adapter": ([[1]], [], "owner counts differ"),
+    "an owner too many": ([[1], [1]], [[2]], "owner counts differ"),
+    "a page of nobody": ([[1, 3]], [[2]], "owner counts differ"),
+    "KV that is an adapter's": ([[1, 2]], [], "the use of some page"),
+    "both KV and an adapter's": ([[1, 2]], [[2]], "page 2 is both"),
+    "two adapters on one page": ([[1]], [[2], [2]], "two adapters own page 2"),
+    "the reserved page": ([[1, RESERVED_PAGE]], [[2]], "the reserved page"),
 }
 
 
@@ -144,9 +145,9 @@ def pool_with_both_uses() -> PagePool:
     return pool
 
 
-@pytest.mark.parametrize(("kv", "adapters"), WRONG_LISTS.values(), ids=WRONG_LISTS)
-def test_check_sees_owners_that_disagree(kv, adapters):
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize(("kv", "adapters", "message"), WRONG_LISTS.values(), ids=WRONG_LISTS)
+def test_check_sees_owners_that_disagree(kv, adapters, message):
+    with pytest.raises(AssertionError, match=message):
         pool_with_both_uses().check(kv, adapters)
 
 
