@@ -69,6 +69,6 @@ def _step_temporaries(
     state = jax.eval_shape(lambda: new_state(config, options, layout, dtype))
     packed = jax.ShapeDtypeStruct((sum(StepInputs.sizes(bucket).values()),), jnp.int32)
     logger.info("compiling the largest step, to see how much memory it takes")
-    compiled = model_step.lower(weights, *state, packed, shape=shape).compile()
-    memory = compiled.memory_analysis()
+    memory = model_step.lower(weights, *state, packed, shape=shape).compile().memory_analysis()
+    assert memory is not None, "this backend does not say what memory a program takes"
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
