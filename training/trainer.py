@@ -36,7 +36,7 @@ def loss_and_exact_rate(
     logits_fn: LogitsFn, weights: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """The loss to differentiate, and the share of exact matches beside it."""
-    logits_BTV = logits_fn(weights, batch.inputs_BT)
+    logits_BTV = logits_fn(weights, jnp.asarray(batch.inputs_BT))
     return answer_loss(logits_BTV, batch), jnp.mean(exact_matches(logits_BTV, batch))
 
 
@@ -112,7 +112,9 @@ def exact_match_rate(
     """Share of (prompt, answer) pairs that greedy decoding answers exactly."""
     batch_size = 128
     count_matches = jax.jit(
-        lambda weights, batch: jnp.sum(exact_matches(logits_fn(weights, batch.inputs_BT), batch))
+        lambda weights, batch: jnp.sum(
+            exact_matches(logits_fn(weights, jnp.asarray(batch.inputs_BT)), batch)
+        )
     )
     matches = 0
     for start in range(0, len(pairs), batch_size):

@@ -90,6 +90,7 @@ class AdapterCache:
         if resident.users == 0:
             raise RuntimeError(f"adapter {name!r} is released but has no user")
         resident.users -= 1
+        self._resident.move_to_end(name)  # it was in use until now
 
     def evict(self, name: str) -> None:
         """Frees one adapter's pages and slot. It must have no users."""

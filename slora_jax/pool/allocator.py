@@ -2,6 +2,7 @@
 """Who owns each page of the pool: one free list for KV cache and adapters, on the host."""
 
 import enum
+from collections import Counter
 from collections.abc import Iterable
 
 RESERVED_PAGE = 0  # always zero; padded page-table entries point to it
@@ -46,7 +47,7 @@ class PagePool:
 
     def allocate(self, count: int, use: PageUse) -> list[int]:
         """Takes `count` free pages; the caller is their one owner and has checked `num_free`."""
-        if count > len(self._free):
+        if not 0 <= count <= len(self._free):
             raise RuntimeError(f"{count} pages wanted, {len(self._free)} free")
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -66,9 +67,11 @@ class PagePool:
 
     def release(self, pages: Iterable[int]) -> None:
         """Takes one owner from each page; those without any left are free."""
+        pages = list(pages)
+        for page, count in Counter(pages).items():
+            if self._owners[page] < count:
+                raise RuntimeError(f"page {page} is released more often than it has owners")
         for page in pages:
-            if self._owners[page] == 0:
-                raise RuntimeError(f"page {page} is released but has no owner")
             self._owners[page] -= 1
             if self._owners[page] == 0:
                 use = self._use[page]

@@ -111,4 +111,4 @@ def test_llama3_is_continuous_where_the_blend_begins_and_ends(edge):
             original_max_position_embeddings=window,
         )
         found.append(inverse_frequencies(config(rope_scaling=scaling))[wave])
-    np.testing.assert_allclose(found[0], found[1], rtol=8 / (edge * wavelength) * 8)
+    np.testing.assert_allclose(found[0], found[1], rtol=0.02)

@@ -29,13 +29,13 @@ def base_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float
     return output, train_base.main([*argv.split(), "--output", str(output)])
 
 
-def mean_loss_falls(losses: list[float]) -> bool:
+def assert_loss_falls(losses: list[float]) -> None:
     assert len(losses) == STEPS
-    return np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
 def test_base_training_reduces_the_loss(base_run: tuple[Path, list[float]]) -> None:
-    assert mean_loss_falls(base_run[1])
+    assert_loss_falls(base_run[1])
 
 
 def test_base_checkpoint_has_hugging_face_names_and_shapes(
@@ -77,7 +77,7 @@ def test_base_checkpoint_has_hugging_face_names_and_shapes(
 def test_adapter_training(base_run: tuple[Path, list[float]], tmp_path: Path) -> None:
     argv = f"--tasks title --steps {STEPS} --batch-size 8 --held-out 16 --base {base_run[0]}"
     losses = train_adapters.main([*argv.split(), "--output", str(tmp_path)])
-    assert mean_loss_falls(losses["title"])
+    assert_loss_falls(losses["title"])
 
     spec = ADAPTERS["title"]
     config = json.loads((tmp_path / "title" / "adapter_config.json").read_text())
