@@ -20,7 +20,7 @@ from rich.text import Text
 from slora_jax.demo import BASE_MODEL, adapter_dirs
 from slora_jax.demo.tasks import COPY, TASKS, Task, held_out_prompts
 
-PROMPTS = ("hello world", "many adapters", "one page pool")
+PROMPTS = ("lora in jax", "one page pool", "tiger in a hat")
 BASE = "(base model)"
 LEAST_ACCURACY = 0.95
 _HELD_OUT_SEED = 20_311_285  # the paper's number; training drew from other texts
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out",
         type=int,
-        default=20,
+        default=40,
         metavar="N",
         help="prompts that no training saw, served to every adapter in the same batch "
         "(default: %(default)s)",
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         max_num_seqs=32,
         max_num_batched_tokens=128,
         decode_batch_sizes=(8, 32),
+        max_loras=len(adapters),  # what XLA's reference operations cost grows with it
     )
     cases = make_cases(adapters, args.held_out)
     usage = serve(engine, cases, console)
@@ -148,7 +149,7 @@ def _text(case: Case) -> Text:
     return Text(case.text, style="" if case.right else "bold red")
 
 
-def pool_bar(usage: dict[str, Any], width: int = 96) -> Text:
+def pool_bar(usage: dict[str, Any], width: int = 76) -> Text:
     """The pool's pages as a bar: KV cache, each adapter, free."""
     parts = [("KV cache", usage["kv"], "white")]
     for index, (name, pages) in enumerate(usage["adapters"].items()):
@@ -162,7 +163,7 @@ def pool_bar(usage: dict[str, Any], width: int = 96) -> Text:
         legend.append(f"■ {name} {pages}  ", style=color)
     bar.append("░" * (width - drawn), style="dim")
     legend.append(f"░ free {usage['free']} of {usage['pages']} pages", style="dim")
-    return Text("\n").join([bar, legend])
+    return Text("\n").join([bar, legend, Text()])
 
 
 def accuracy(cases: Iterable[Case]) -> float:

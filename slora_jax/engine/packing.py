@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slora_jax.config import EngineConfig
 from slora_jax.core import RowPlan, StepPlan
 from slora_jax.engine.sampler import PenaltyInputs, SamplingInputs
 from slora_jax.model.inputs import Bucket, StepInputs
@@ -21,11 +22,14 @@ class Buckets:
 
     def __init__(
         self,
+        *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_loras: int,
         page_size: int,
         decode_batch_sizes: tuple[int, ...] | None = None,
     ):
+        self._max_loras = max_loras
         self._page_size = page_size
         self._rows = decode_batch_sizes or _powers_of_two(1, max_num_seqs)
         few = max(max_num_batched_tokens // 8, 16)
@@ -38,7 +42,7 @@ class Buckets:
         """The smallest bucket that holds a plan."""
         if plan.decode_only:
             rows = next(n for n in self._rows if n >= len(plan.rows))
-            return Bucket(rows, rows, rows)
+            return Bucket(rows, rows, min(rows, self._max_loras), rows)
         return self._mixed(next(n for n in self._tokens if n >= plan.num_tokens))
 
     @property
@@ -48,7 +52,19 @@ class Buckets:
     def _mixed(self, tokens: int) -> Bucket:
         rows = self._rows[-1]
         # A row of n tokens enters at most n // page_size + 1 new pages.
-        return Bucket(tokens, rows, tokens // self._page_size + rows)
+        segments = min(rows, self._max_loras)
+        return Bucket(tokens, rows, segments, tokens // self._page_size + rows)
+
+
+def buckets_of(options: EngineConfig) -> Buckets:
+    """The shapes that an engine compiles."""
+    return Buckets(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_loras=options.max_loras,
+        page_size=options.page_size,
+        decode_batch_sizes=options.decode_batch_sizes,
+    )
 
 
 def _powers_of_two(least: int, most: int) -> list[int]:

@@ -23,8 +23,8 @@ from slora_jax.core import Install, Request, StepPlan
 from slora_jax.engine import programs
 from slora_jax.engine.packing import (
     MOST_BANNED,
-    Buckets,
     banned_ids,
+    buckets_of,
     pack_step,
     padded,
     penalties,
@@ -78,14 +78,9 @@ class ModelRunner:
         self._counts: TokenCounts | None = None  # made when the first request has penalties
         self._vocab = config.vocab_size
         self._shape = StepShape(
-            Bucket(0, 0, 0), False, "none", options.max_lora_rank, config, layout
+            Bucket(0, 0, 0, 0), False, "none", options.max_lora_rank, config, layout
         )
-        self._buckets = Buckets(
-            options.max_num_seqs,
-            options.max_num_batched_tokens,
-            layout.page_size,
-            options.decode_batch_sizes,
-        )
+        self._buckets = buckets_of(options)
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
         self._compiled: set[StepShape] = set()
 
@@ -225,8 +220,8 @@ class ModelRunner:
             return
         kind = "decode" if shape.decode else "mixed"
         lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
-        tokens, rows, _ = shape.bucket
-        what = f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}"
+        bucket, lora_kind = shape.bucket, lora[shape.lora_mode]
+        what = f"{kind} step of {bucket.tokens} tokens, {bucket.rows} rows, {lora_kind}"
         logger.info("compiling the %s", what)
         start = time.monotonic()
         yield

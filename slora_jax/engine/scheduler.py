@@ -97,12 +97,14 @@ class Scheduler:
         return plan.finish()
 
     def _admit(self, request: Request, plan: "_Draft") -> bool:
-        """Gives a waiting request a slot and its adapter, if its tokens so far have room."""
+        """Gives a waiting request a slot and its adapter, if its tokens so far have room.
+
+        Room beside what the running requests will need: an admission should not preempt anybody
+        a step later.
+        """
         if not self._free_slots or request.in_flight:
             return False  # a preempted request's last token may still be on its way
-        # One more than known, so that the first decode doesn't preempt at once.
-        tokens = min(request.num_tokens + 1, len(request.prompt) + request.max_output - 1)
-        pages = -(-tokens // self._page_size)
+        pages = sum(map(self._missing_pages, (request, *self.running)))
         if request.adapter is None:
             if not self._adapters.make_room(pages):
                 return False
@@ -116,6 +118,12 @@ class Scheduler:
         self.running.append(request)
         plan.started.append(request)
         return True
+
+    def _missing_pages(self, request: Request) -> int:
+        """Pages that a request lacks for its tokens so far and the next one, sampled or not yet."""
+        known = request.num_tokens + (request.in_flight == 0)
+        tokens = min(known, len(request.prompt) + request.max_output - 1)
+        return max(-(-tokens // self._page_size) - len(request.pages), 0)
 
     def _grow(self, request: Request, tokens: int, plan: "_Draft") -> bool:
         """Makes pages for the next `tokens` tokens, preempting later requests if it must.

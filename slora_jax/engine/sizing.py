@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.layout import PageLayout, ceil_div
 from slora_jax.adapters.pack import most_pages
 from slora_jax.config import EngineConfig, ModelConfig
-from slora_jax.engine.packing import Buckets
+from slora_jax.engine.packing import buckets_of
 from slora_jax.engine.programs import StepShape, model_step
 from slora_jax.engine.state import new_state
 from slora_jax.model.inputs import StepInputs
@@ -62,7 +62,7 @@ def _step_temporaries(
     weights: LlamaWeights, config: ModelConfig, options: EngineConfig, layout: PageLayout
 ) -> int:
     """Bytes that the largest step needs beside its arguments; the pool's size doesn't matter."""
-    bucket = Buckets(options.max_num_seqs, options.max_num_batched_tokens, layout.page_size).largest
+    bucket = buckets_of(options).largest
     shape = StepShape(bucket, False, "all", options.max_lora_rank, config, layout)
     options = replace(options, num_pages=1024)
     dtype = weights.embed_tokens.dtype

@@ -22,6 +22,7 @@ class Bucket(NamedTuple):
 
     tokens: int  # T
     rows: int  # B
+    segments: int  # G
     page_updates: int  # changes to the page table
 
 
@@ -39,9 +40,9 @@ class StepInputs:
     query_start: Int[Array, " B"]
     query_len: Int[Array, " B"]
     context_len: Int[Array, " B"]  # tokens known to attention after this step
-    segment_slot: Int[Array, " B"]  # adapter slot of each run of rows
-    segment_tokens: Int[Array, " B"]
-    segment_rows: Int[Array, " B"]
+    segment_slot: Int[Array, " G"]  # adapter slot of each run of rows
+    segment_tokens: Int[Array, " G"]
+    segment_rows: Int[Array, " G"]
     update_slot: Int[Array, " U"]  # page_table[update_slot, update_column] = update_page
     update_column: Int[Array, " U"]
     update_page: Int[Array, " U"]
@@ -49,9 +50,9 @@ class StepInputs:
     @staticmethod
     def sizes(bucket: Bucket) -> dict[str, int]:
         """Length of every field, in order."""
-        tokens, rows, updates = bucket
+        tokens, rows, segments, updates = bucket
         names = [field.name for field in fields(StepInputs)]
-        sizes = [tokens] * 3 + [rows] * 7 + [updates] * 3
+        sizes = [tokens] * 3 + [rows] * 4 + [segments] * 3 + [updates] * 3
         return dict(zip(names, sizes, strict=True))
 
     @classmethod

@@ -56,7 +56,7 @@ def step_shapes(
         max_loras=64,
         max_lora_rank=max_rank,
     )
-    bucket = Bucket(tokens, rows, rows + tokens // layout.page_size)
+    bucket = Bucket(tokens, rows, rows, rows + tokens // layout.page_size)
     shape = StepShape(bucket, tokens == rows, lora_mode, max_rank, config, layout)
     weights = jax.eval_shape(lambda: dummy_weights(config, dtype))
     packed = jax.ShapeDtypeStruct((sum(StepInputs.sizes(bucket).values()),), jnp.int32)

@@ -44,6 +44,7 @@ def steps(draw: st.DrawFn) -> tuple[StepPlan, dict[str, int]]:
         "max_num_seqs": slots,
         "max_num_batched_tokens": slots + spare,
         "page_size": page_size,
+        "max_loras": 4,
     }
     rows, left = [], slots + spare
     for slot in draw(st.permutations(range(slots)))[: draw(st.integers(1, slots))]:
@@ -94,17 +95,21 @@ def test_what_is_packed_comes_out_where_it_belongs(step):
 
 @given(st.integers(1, 70))
 def test_decodes_take_the_next_power_of_two(max_num_seqs):
-    buckets = Buckets(max_num_seqs, max_num_batched_tokens=128, page_size=16)
+    buckets = Buckets(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=128, max_loras=4, page_size=16
+    )
     for count in range(1, max_num_seqs + 1):
         rows = min(1 << (count - 1).bit_length(), max_num_seqs)
         plan = plan_of([row(slot, 1, 15) for slot in range(count)], 16)
-        assert buckets.of(plan) == Bucket(rows, rows, rows)
+        assert buckets.of(plan) == Bucket(rows, rows, min(rows, 4), rows)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 600))
 def test_prompts_take_the_smallest_of_a_few_sizes(max_num_batched_tokens):
-    buckets = Buckets(2, max_num_batched_tokens, page_size=16)
+    buckets = Buckets(
+        max_num_seqs=2, max_num_batched_tokens=max_num_batched_tokens, max_loras=4, page_size=16
+    )
     found = {
         length: buckets.of(plan_of([row(0, length, 0)], 16)).tokens
         for length in range(2, max_num_batched_tokens + 1)
@@ -117,15 +122,20 @@ def test_prompts_take_the_smallest_of_a_few_sizes(max_num_batched_tokens):
 
 
 def test_a_plan_that_overflows_its_bucket_is_refused():
-    plan = plan_of([row(0, 3, 0), row(1, 1, 0)], 16)
-    for bucket in (Bucket(3, 2, 2), Bucket(4, 1, 2), Bucket(4, 2, 1)):
+    plan = plan_of([row(0, 3, 0, adapter_slot=1), row(1, 1, 0)], 16)
+    for bucket in (
+        Bucket(3, 2, 2, 2),
+        Bucket(4, 1, 2, 2),
+        Bucket(4, 2, 0, 2),
+        Bucket(4, 2, 2, 1),
+    ):
         with pytest.raises(ValueError, match="entries, the bucket"):
             pack_step(plan, bucket, 4)
 
 
 def test_tokens_unknown_to_the_host_come_from_their_slot():
     plan = plan_of([row(2, 1, 8), row(0, 3, 4, adapter_slot=1), row(3, 1, 9)], 4)
-    bucket = Bucket(8, 4, 6)
+    bucket = Bucket(8, 4, 4, 6)
     inputs = StepInputs.unpack(jnp.asarray(pack_step(plan, bucket, 4)), bucket)
     tokens = resolve_tokens(inputs, jnp.array([70, 71, 72, 73]))
     assert tokens.tolist() == [70, 1, 2, 72, 73, 0, 0, 0]

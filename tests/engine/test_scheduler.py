@@ -251,7 +251,6 @@ def test_admission_leaves_room_for_the_first_decode():
     assert requests_of(host.step()) == {second}
 
 
-@pytest.mark.xfail(strict=True, reason="room left for one admission is promised to the next, too")
 def test_requests_admitted_together_all_have_room_for_their_first_decode():
     host = Host(capacity=3)
     for _ in range(2):
@@ -288,7 +287,6 @@ def test_the_adapter_unused_longest_goes_first(capacity, adapter_slots):
     assert list(host.cache.residents) == ["one", "two"]
 
 
-@pytest.mark.xfail(strict=True, reason="recency is that of `acquire`, not of the last use")
 def test_an_adapter_used_until_now_outlives_one_that_was_idle():
     host = Host(adapter_slots=2)
     user = host.add(4, max_output=9, adapter="one")
