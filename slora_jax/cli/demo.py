@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -20,7 +21,7 @@ from rich.text import Text
 from slora_jax.demo import BASE_MODEL, adapter_dirs
 from slora_jax.demo.tasks import COPY, TASKS, Task, held_out_prompts
 
-PROMPTS = ("lora in jax", "one page pool", "tiger in a hat")
+PROMPTS = ("lora in jax", "one page pool", "red panda")
 BASE = "(base model)"
 LEAST_ACCURACY = 0.95
 _HELD_OUT_SEED = 20_311_285  # the paper's number; training drew from other texts
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out",
         type=int,
-        default=40,
+        default=60,
         metavar="N",
         help="prompts that no training saw, served to every adapter in the same batch "
         "(default: %(default)s)",
@@ -56,15 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the result as one line of JSON, last"
     )
+    parser.add_argument("--svg", metavar="FILE", help="keep what is shown as a picture")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves the demo; 0 if all shown texts are right and every adapter is accurate."""
     from slora_jax import Engine  # JAX takes a second to import
 
-    console = Console(stderr=args.json)
+    console = Console(stderr=args.json, record=args.svg is not None)
     adapters = adapter_dirs()
-    console.print("loading the model and compiling its steps, about half a minute …")
     engine = Engine(
         BASE_MODEL,
         adapters=adapters,
@@ -86,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
         },
         "pool": usage,
     }
+    console.print(picture(cases, usage))
     console.print(summary(report, accuracy(c for c in cases if c.adapter is None)))
+    if args.svg:
+        console.save_svg(args.svg, title="slora demo")
     wrong = [case for case in cases if case.shown and not case.right]
     for case in wrong:
         wanted = case.task.transform(case.prompt)
@@ -119,7 +123,7 @@ def serve(engine: Any, cases: list[Case], console: Console) -> dict[str, Any]:
     greedy = SamplingParams(temperature=0, max_tokens=64)
     by_id = {engine.add_request(c.prompt, greedy, adapter=c.adapter): c for c in cases}
     fullest = engine.pool_usage()
-    with Live(console=console, refresh_per_second=8, transient=False) as live:
+    with Live(console=console, refresh_per_second=8, transient=True) as live:
         while engine.has_unfinished:
             for output in engine.step():
                 case = by_id[output.request_id]
@@ -128,14 +132,15 @@ def serve(engine: Any, cases: list[Case], console: Console) -> dict[str, Any]:
             if usage["free"] < fullest["free"]:
                 fullest = usage
             live.update(picture(cases, usage))
-        live.update(picture(cases, fullest))
     return fullest
 
 
 def picture(cases: list[Case], usage: dict[str, Any]) -> Group:
     """The table of shown texts, a line of progress, and the pool."""
     shown = [case for case in cases if case.shown]
-    table = Table("adapter", *PROMPTS, title="one batch, one page pool", title_justify="left")
+    table = Table(
+        "adapter", *PROMPTS, box=SIMPLE_HEAD, title="one batch, one page pool", title_justify="left"
+    )
     for name in dict.fromkeys(case.adapter for case in shown):
         texts = (_text(case) for case in shown if case.adapter == name)
         table.add_row(name or BASE, *texts)
@@ -160,7 +165,7 @@ def pool_bar(usage: dict[str, Any], width: int = 76) -> Text:
         end = round(width * seen / usage["pages"])
         bar.append("█" * (end - drawn), style=color)
         drawn = end
-        legend.append(f"■ {name} {pages}  ", style=color)
+        legend.append(f"■\u00a0{name}\u00a0{pages}  ", style=color)
     bar.append("░" * (width - drawn), style="dim")
     legend.append(f"░ free {usage['free']} of {usage['pages']} pages", style="dim")
     return Text("\n").join([bar, legend, Text()])
@@ -174,8 +179,8 @@ def accuracy(cases: Iterable[Case]) -> float:
 
 def summary(report: dict[str, Any], base: float) -> Table:
     """Rank and accuracy of each adapter, all served in one mixed batch."""
-    table = Table("adapter", "rank", "pages", "right", "does", title="accuracy in the mixed batch")
-    table.title_justify = "left"
+    table = Table("adapter", "rank", "pages", "right", "does", box=SIMPLE_HEAD)
+    table.title, table.title_justify = "accuracy in the mixed batch", "left"
     table.add_row(BASE, "", "", f"{base:.1%}", COPY.description)
     for name, entry in report["adapters"].items():
         pages = str(report["pool"]["adapters"].get(name, "evicted"))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in host memory: packed as the pool holds them, and checked against the base."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.layout import PageLayout
+from pallas_kernels.segments import Segments
+from pallas_kernels.slabs import read_matrix
+from slora_jax.adapters.pack import most_pages, num_pages, pack
+from slora_jax.adapters.peft import AdapterError, read_adapter
+from slora_jax.adapters.store import AdapterStore
+from slora_jax.config import LAYER_MODULES, OUTER_MODULES
+from tests.adapters.make import BASE, edit_tensors, write_adapter
+
+LAYOUT = PageLayout(BASE.num_key_value_heads, BASE.head_dim, page_size=16)
+
+
+@pytest.mark.parametrize(
+    "modules", [LAYER_MODULES, OUTER_MODULES, ("k_proj", "down_proj", "lm_head")]
+)
+def test_what_is_packed_is_read_back(tmp_path, modules):
+    """Every matrix, through the tables and the pages that a kernel would follow."""
+    ranks = iter(range(1, 200))
+    write_adapter(tmp_path, BASE, modules=modules, rank_of=lambda path: next(ranks) % 24 + 1)
+    adapter = read_adapter(tmp_path, BASE)
+    packed = pack(adapter, BASE, LAYOUT, np.dtype(np.float32))
+    assert len(packed.pages) == num_pages(adapter, BASE, LAYOUT)
+    assert len(packed.pages) <= most_pages(24, BASE, LAYOUT)
+    order = np.random.default_rng(0).permutation(len(packed.pages)) + 1
+    pool = np.full((BASE.num_hidden_layers, len(order) + 1, LAYOUT.page_elems), np.nan, np.float32)
+    pool[:, order] = packed.pages.swapaxes(0, 1)
+    segments = Segments(jnp.ones(1, jnp.int32), jnp.asarray(order, jnp.int32)[None])
+    groups = [(n, LAYER_MODULES, pairs) for n, pairs in enumerate(adapter.layers)]
+    for line, names, pairs in [*groups, (BASE.num_hidden_layers, OUTER_MODULES, adapter.outer)]:
+        for column, name in enumerate(names):
+            rank = packed.rank[line, column]
+            assert rank == (pairs[name].rank if name in pairs else 0)
+            if not rank:
+                continue
+            pair, inputs = pairs[name], BASE.projection_shape(name)[0]
+            assert packed.scale[line, column] == pytest.approx(pair.scale)
+            first = packed.first_tile[line, column]
+            layer = None if names is OUTER_MODULES else jnp.int32(line)
+            for matrix, tile in (
+                (pair.a, first),
+                (pair.b.T, LAYOUT.b_first_tile(first, rank, inputs)),
+            ):
+                got = read_matrix(
+                    jnp.asarray(pool),
+                    layer,
+                    segments,
+                    jnp.asarray([tile]),
+                    jnp.asarray([rank]),
+                    columns=matrix.shape[1],
+                    max_rank=24,
+                    layout=LAYOUT,
+                )
+                np.testing.assert_array_equal(got[0, :rank], matrix)
+
+
+def make_store(capacity: int = 1000) -> AdapterStore:
+    return AdapterStore(
+        BASE, LAYOUT, np.dtype(np.float32), max_rank=64, capacity=capacity, model_dir=None
+    )
+
+
+def test_names_and_identity(tmp_path):
+    store = make_store()
+    first = store.register("a", write_adapter(tmp_path / "1", BASE, seed=1))
+    second = store.register("b", write_adapter(tmp_path / "2", BASE, seed=2))
+    assert first.digest != second.digest
+    assert store.names == ("a", "b")
+    with pytest.raises(AdapterError, match="'a' has already been loaded"):
+        store.register("a", tmp_path / "2")
+    with pytest.raises(AdapterError, match="must not be empty"):
+        store.register("", tmp_path / "2")
+    store.unregister("a")
+    assert store.register("a", tmp_path / "2").digest == second.digest
+
+
+def test_a_bad_adapter_leaves_nothing(tmp_path):
+    store = make_store()
+    write_adapter(tmp_path, BASE)
+    edit_tensors(
+        tmp_path, **{"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None}
+    )
+    with pytest.raises(AdapterError):
+        store.register("bad", tmp_path)
+    assert "bad" not in store
+
+
+def test_an_adapter_larger_than_the_pool(tmp_path):
+    with pytest.raises(AdapterError, match=r"takes \d+ pages, the pool has 1: raise num_pages"):
+        make_store(capacity=1).register("large", write_adapter(tmp_path, BASE, rank=64))
