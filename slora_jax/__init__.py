@@ -9,21 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slora_jax.adapters.peft import AdapterError as AdapterError
     from slora_jax.config import EngineConfig as EngineConfig
     from slora_jax.config import ModelConfig as ModelConfig
+    from slora_jax.core import EngineDeadError as EngineDeadError
+    from slora_jax.core import FinishReason as FinishReason
+    from slora_jax.core import RequestError as RequestError
     from slora_jax.core import RequestOutput as RequestOutput
     from slora_jax.core import SamplingParams as SamplingParams
     from slora_jax.engine.engine import Engine as Engine
 
 _HOME = {
+    "AdapterError": "slora_jax.adapters.peft",
     "Engine": "slora_jax.engine.engine",
     "EngineConfig": "slora_jax.config",
+    "EngineDeadError": "slora_jax.core",
+    "FinishReason": "slora_jax.core",
     "ModelConfig": "slora_jax.config",
+    "RequestError": "slora_jax.core",
     "RequestOutput": "slora_jax.core",
     "SamplingParams": "slora_jax.core",
 }
 
-__all__ = ["Engine", "EngineConfig", "ModelConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "AdapterError",
+    "Engine",
+    "EngineConfig",
+    "EngineDeadError",
+    "FinishReason",
+    "ModelConfig",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

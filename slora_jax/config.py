@@ -69,6 +69,9 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        for token in self.eos_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"eos_token_id {token} is not below vocab_size {self.vocab_size}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
 
@@ -128,6 +131,8 @@ class EngineConfig:
     compilation_cache_dir: str | None = "~/.cache/slora-jax"
 
     def __post_init__(self) -> None:
+        if self.decode_batch_sizes is not None:
+            object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))
         sizes = self.decode_batch_sizes
         checks = {
             "page_size": (self.page_size in (16, 32, 64), "16, 32 or 64"),

@@ -9,6 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FROM_DEVICE = -1  # a token id that the host doesn't know yet: the slot's last sampled token
+_INTEGERS = (
+    "max_tokens",
+    "min_tokens",
+    "top_k",
+    "seed",
+    "stop_token_ids",
+    "logprobs",
+    "prompt_logprobs",
+)
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _GREEDY_EPS = 1e-5  # temperatures below it would overflow the logits they divide
 
 
@@ -18,6 +35,10 @@ class RequestError(ValueError):
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
         self.param = param
+
+
+class EngineDeadError(RuntimeError):
+    """A step failed, and with it what the engine knew of its requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +88,14 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check_types()
         checks = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             "min_tokens": (
                 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens),
                 "at least 0 and at most max_tokens",
             ),
-            "temperature": (0 <= self.temperature < float("inf"), "a number from 0 up"),
+            "temperature": (0 <= self.temperature <= 100, "from 0 to 100"),
             "top_k": (self.top_k >= -1, "at least 1, or 0 or -1 for all tokens"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
@@ -90,6 +112,17 @@ class SamplingParams:
         for name, (good, allowed) in checks.items():
             if not good:
                 raise RequestError(f"{name} must be {allowed}, got {getattr(self, name)!r}", name)
+
+    def _check_types(self) -> None:
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and (not isinstance(one, int) or isinstance(one, bool)):
+                    raise RequestError(f"{name} must be an integer, got {one!r}", name)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise RequestError(f"{name} must be a number, got {value!r}", name)
 
     @property
     def greedy(self) -> bool:
@@ -157,10 +190,6 @@ class Request:
         """Tokens that must go through the model before the next one can be sampled."""
         return 0 if self.num_output >= self.max_output else self.num_tokens - self.num_computed
 
-    @property
-    def known_tokens(self) -> list[int]:
-        return self.prompt + self.output
-
     def tokens_from(self, start: int, length: int) -> tuple[int, ...]:
         """Token ids of `length` positions; FROM_DEVICE for those in flight."""
         prompt = self.prompt[start : start + length]
@@ -215,7 +244,7 @@ class StepPlan:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """All that a request has given so far; `new_*` is what this step added."""
+    """All that a request has given so far, the caller's own; `new_*` is what this step added."""
 
     request_id: str
     adapter: str | None

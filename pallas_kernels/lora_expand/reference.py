@@ -11,13 +11,14 @@ def lora_expand(
     y, h, pool, layer, segments, table, *, inputs: int, outputs: tuple[int, ...], layout: PageLayout
 ):
     """See `pallas_kernels.lora_expand.lora_expand`."""
-    mine = owners(segments, h.shape[0])[:, :, None, None]
+    mine = owners(segments, h.shape[0])
     scaled = h[:, None] * table.scale[:, :, None]
-    spread = jnp.where(mine, scaled, 0.0)  # [T, G, M, R]
+    spread = jnp.where(mine[:, :, None, None], scaled, 0.0)  # [T, G, M, R]
     first_tile = layout.b_first_tile(table.first_tile, table.rank, inputs)
     deltas = []
     for m, columns in enumerate(outputs):
         options = {"columns": columns, "max_rank": h.shape[2], "layout": layout}
         b = read_matrix(pool, layer, segments, first_tile[:, m], table.rank[:, m], **options)
         deltas.append(jnp.einsum("tgr,gro->to", spread[:, :, m], b.astype(jnp.float32)))
-    return (y.astype(jnp.float32) + jnp.concatenate(deltas, axis=1)).astype(y.dtype)
+    added = y.astype(jnp.float32) + jnp.concatenate(deltas, axis=1)
+    return jnp.where(mine.any(axis=1, keepdims=True), added.astype(y.dtype), y)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.layout import TILE_ELEMS, PageLayout, ceil_div
 from pallas_kernels.slabs import pack_matrix
-from slora_jax.adapters.peft import Adapter, LoraPair
+from slora_jax.adapters.peft import Adapter, AdapterError, LoraPair
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
 
 
@@ -91,8 +91,17 @@ def _write(
         table["rank"][line, column] = pair.rank
         table["first_tile"][line, column] = first + sum(map(len, sections))
         table["scale"][line, column] = pair.scale
-        sections += [pack_matrix(m.astype(dtype), layout) for m in (pair.a, pair.b.T)]
+        sections += [pack_matrix(_cast(m, name, dtype), layout) for m in (pair.a, pair.b.T)]
     return np.concatenate(sections)
+
+
+def _cast(matrix: np.ndarray, name: str, dtype: np.dtype) -> np.ndarray:
+    """The matrix in the pool's dtype. Its weights are finite, and must stay so: 0 · inf is NaN."""
+    with np.errstate(over="ignore"):
+        cast = matrix.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise AdapterError(f"{name} has weights that overflow {dtype}: serve with dtype bfloat16")
+    return cast
 
 
 def _tiles(modules: Mapping[str, LoraPair], config: ModelConfig, layout: PageLayout) -> int:

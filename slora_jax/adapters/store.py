@@ -64,9 +64,11 @@ class AdapterStore:
     def __getitem__(self, name: str) -> StoredAdapter:
         return self._adapters[name]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._adapters)
+    def known(self) -> str:
+        """The adapters' names, for messages."""
+        names = sorted(self._adapters)
+        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        return f"loaded are {shown}" if names else "none is loaded"
 
     def register(self, name: str, path: str | Path) -> StoredAdapter:
         """Reads an adapter and makes it known by `name`.

@@ -17,8 +17,14 @@ from slora_jax.adapters.peft import AdapterError
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.config import EngineConfig, ModelConfig
-from slora_jax.core import RequestError, RequestOutput, SamplingParams
-from slora_jax.engine.output import RequestProgress, position_logprobs
+from slora_jax.core import (
+    EngineDeadError,
+    Request,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
+from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
 from slora_jax.engine.scheduler import Scheduler
@@ -91,6 +97,7 @@ class Engine:
         self.runner = ModelRunner(weights, self.config, self.options, layout, self.adapters.packed)
         self._progress: dict[str, RequestProgress] = {}
         self._pending: StepResult | None = None
+        self._failure: BaseException | None = None
         self._ids = itertools.count()
         self._requests = RequestMaker(
             self.config, self.options, self.tokenizer, self.adapters, self.pool.capacity
@@ -115,7 +122,7 @@ class Engine:
             AdapterError: it is unknown, or a request still uses it.
         """
         if name not in self.adapters:
-            raise AdapterError(f"the adapter {name!r} cannot be found")
+            raise AdapterError(f"the adapter {name!r} cannot be found: {self.adapters.known()}")
         users = sum(request.adapter == name for request in self.scheduler.requests)
         if users:
             raise AdapterError(
@@ -146,6 +153,7 @@ class Engine:
         Raises:
             RequestError: it can never be served; the message names the field and the remedy.
         """
+        self._check_alive()
         params = params or SamplingParams()
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
@@ -180,14 +188,17 @@ class Engine:
 
         Returns:
             One output for each request that got a token.
+
+        Raises:
+            EngineDeadError: an earlier step failed.
         """
-        plan = self.scheduler.schedule()
-        previous, self._pending = self._pending, self.runner.run(plan) if plan else None
-        if previous is None:
-            if plan is None and self._progress:
-                raise AssertionError("requests wait, but none can run")
-            return []
-        return self._read(previous)
+        self._check_alive()
+        try:
+            return self._step()
+        except BaseException as error:
+            # The scheduler took the step as done, and the pool may have been donated to it.
+            self._failure = error
+            raise
 
     def stream(self) -> Iterator[RequestOutput]:
         """Steps until all requests are finished, giving their outputs as they come."""
@@ -208,7 +219,15 @@ class Engine:
             params: for all, or one each.
             adapters: for all, or one each; None is the base model.
         """
+        if self.has_unfinished:
+            raise RuntimeError(
+                "generate() needs an idle engine: finish or abort other requests first"
+            )
+        if isinstance(prompts, str):
+            raise RequestError("prompts is a list of prompts, not one string", "prompts")
         prompts = list(prompts)
+        if prompts and isinstance(prompts[0], int | np.integer):
+            raise RequestError("prompts is a list of prompts, not one list of token ids", "prompts")
         each_params: Sequence[SamplingParams | None] = (
             [params] * len(prompts)
             if params is None or isinstance(params, SamplingParams)
@@ -221,30 +240,49 @@ class Engine:
         try:
             for prompt, one, adapter in zip(prompts, each_params, each_adapter, strict=True):
                 ids.append(self.add_request(prompt, one, adapter=adapter))
-        except Exception:
+            finished = {output.request_id: output for output in self.stream() if output.finished}
+        finally:
             for request_id in ids:  # all or none
                 self.abort(request_id)
-            raise
-        finished = {output.request_id: output for output in self.stream() if output.finished}
         return [finished[request_id] for request_id in ids]
 
     # Inside
 
+    def _step(self) -> list[RequestOutput]:
+        plan = self.scheduler.schedule()
+        previous, self._pending = self._pending, self.runner.run(plan) if plan else None
+        if previous is None:
+            if plan is None and self._progress:
+                raise AssertionError("requests wait, but none can run")
+            return []
+        return self._read(previous)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(
+                f"the engine failed in an earlier step ({self._failure!r}): make a new one"
+            ) from self._failure
+
+    def _progress_of(self, request: Request) -> RequestProgress | None:
+        """None for a request that ended a step ago, even if its id is used again."""
+        progress = self._progress.get(request.id)
+        return progress if progress is not None and progress.request is request else None
+
     def _read(self, result: StepResult) -> list[RequestOutput]:
         """Turns a step's results into outputs; waits for them to arrive."""
         tokens = np.asarray(result.tokens).tolist()
+        found = None if result.logprobs is None else HostLogprobs(result.logprobs)
         self._read_prompt_logprobs(result)
         outputs = []
         for index, row in enumerate(result.plan.rows):
             request = row.request
             request.in_flight -= row.samples
-            progress = self._progress.get(request.id)
-            if not row.samples or progress is None or progress.request is not request:
-                continue  # a chunk of a prompt, or a request that ended a step ago
+            progress = self._progress_of(request)
+            if not row.samples or progress is None:
+                continue
             logprobs = None
-            if request.params.logprobs is not None and result.logprobs is not None:
-                k = self._k(request.params.logprobs)
-                logprobs = position_logprobs(result.logprobs, k)(index, tokens[index])
+            if request.params.logprobs is not None and found is not None:
+                logprobs = found.at(index, tokens[index], self._k(request.params.logprobs))
             output = progress.append(tokens[index], logprobs)
             if output.finished:
                 del self._progress[request.id]
@@ -255,18 +293,16 @@ class Engine:
     def _read_prompt_logprobs(self, result: StepResult) -> None:
         if result.prompt_logprobs is None:
             return
-        first = 0
+        found, first = HostLogprobs(result.prompt_logprobs), 0
         for row in result.plan.rows:
-            request, progress = row.request, self._progress.get(row.request.id)
+            request, progress = row.request, self._progress_of(row.request)
             if request.params.prompt_logprobs is not None and progress is not None:
-                at = position_logprobs(
-                    result.prompt_logprobs, self._k(request.params.prompt_logprobs)
-                )
+                k = self._k(request.params.prompt_logprobs)
                 end = min(row.start + len(row.tokens), len(request.prompt) - 1)
                 for position in range(row.start, end):
                     target = position + 1
-                    found = at(first + position - row.start, request.prompt[target])
-                    progress.set_prompt_logprobs(target, found)
+                    entry = found.at(first + position - row.start, request.prompt[target], k)
+                    progress.set_prompt_logprobs(target, entry)
             first += len(row.tokens)
 
     def _k(self, asked: int) -> int:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From sampled tokens to what the caller sees: text, stop conditions, log-probabilities."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from slora_jax.core import (
@@ -97,30 +95,34 @@ class RequestProgress:
         return RequestOutput(
             request_id=request.id,
             adapter=request.adapter,
-            prompt_token_ids=request.prompt,
-            token_ids=request.output,
+            prompt_token_ids=list(request.prompt),
+            token_ids=list(request.output),
             text=self._text[:end],
             new_token_ids=tokens,
             new_text=fresh,
             finish_reason=reason,
             stop_reason=stop_reason,
-            logprobs=self._logprobs,
-            prompt_logprobs=self._prompt_logprobs,
+            logprobs=_copy(self._logprobs),
+            prompt_logprobs=_copy(self._prompt_logprobs),
         )
 
 
-def position_logprobs(found: Logprobs, k: int) -> Callable[[int, int], PositionLogprobs]:
-    """A function of position and the token there, over arrays that have reached the host."""
-    top, ids, chosen, rank = (np.asarray(field) for field in found)
+def _copy[T](items: list[T] | None) -> list[T] | None:
+    return None if items is None else list(items)
 
-    def at(position: int, token: int) -> PositionLogprobs:
+
+class HostLogprobs:
+    """A step's log-probabilities, once they have reached the host."""
+
+    def __init__(self, found: Logprobs):
+        self._top, self._ids, self._chosen, self._rank = (np.asarray(field) for field in found)
+
+    def at(self, position: int, token: int, k: int) -> PositionLogprobs:
+        """The k most likely tokens of a position, and the one that is there."""
+        ids, top = self._ids[position, :k].tolist(), self._top[position, :k].tolist()
         entries = {
-            int(i): Logprob(float(value), place + 1)
-            for place, (i, value) in enumerate(zip(ids[position], top[position], strict=True))
-            if place < k
+            i: Logprob(value, rank) for rank, (i, value) in enumerate(zip(ids, top, strict=True), 1)
         }
         if token not in entries:
-            entries[token] = Logprob(float(chosen[position]), int(rank[position]))
+            entries[token] = Logprob(float(self._chosen[position]), int(self._rank[position]))
         return entries
-
-    return at

@@ -121,7 +121,7 @@ def sampling(rows: Sequence[RowPlan], bucket: int, vocab: int) -> SamplingInputs
     top_k = [row.request.params.top_k for row in rows]
     return SamplingInputs(
         temperature=_column(rows, bucket, "temperature", 0.0),
-        top_k=padded([k if k > 0 else vocab for k in top_k], bucket, vocab),
+        top_k=padded([k if 0 < k < vocab else vocab for k in top_k], bucket, vocab),
         top_p=_column(rows, bucket, "top_p", 1.0),
         min_p=_column(rows, bucket, "min_p", 0.0),
         seed=padded([row.request.seed for row in rows], bucket, 0),

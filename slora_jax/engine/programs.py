@@ -98,7 +98,10 @@ def prompt_logprobs(
     inputs = StepInputs.unpack(packed, shape.bucket)
     lora = _lora(shape, tables, inputs) if shape.lora_mode == "all" else None
     ends = jnp.cumsum(inputs.segment_tokens)
-    rows = min(HEAD_ROWS, hidden.shape[0])
+    tokens = hidden.shape[0]
+    rows = min(HEAD_ROWS, tokens)
+    missing = -tokens % rows  # whole chunks only: a slice past the end would be moved back
+    hidden, targets = jnp.pad(hidden, ((0, missing), (0, 0))), jnp.pad(targets, (0, missing))
 
     def some_rows(first: Int[Array, ""]) -> sampler.Logprobs:
         part = lora
@@ -109,8 +112,8 @@ def prompt_logprobs(
         logits = head(weights, chunk, pool, part, shape.config)
         return sampler.logprobs(logits, jax.lax.dynamic_slice_in_dim(targets, first, rows), k)
 
-    chunks = jax.lax.map(some_rows, jnp.arange(0, hidden.shape[0], rows))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)
+    chunks = jax.lax.map(some_rows, jnp.arange(0, tokens, rows))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], chunks)
 
 
 @partial(jax.jit, donate_argnames="pool")

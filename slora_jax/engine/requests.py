@@ -54,7 +54,9 @@ class RequestMaker:
             RequestError: it can never be served; the message names the field and the remedy.
         """
         if adapter is not None and adapter not in self._adapters:
-            raise RequestError(f"the adapter {adapter!r} does not exist", "adapter")
+            raise RequestError(
+                f"the adapter {adapter!r} does not exist: {self._adapters.known()}", "adapter"
+            )
         tokens = self._encode(prompt)
         room = self._max_model_len - len(tokens)
         if room < 1:
@@ -71,7 +73,7 @@ class RequestMaker:
             params=params,
             adapter=adapter,
             stop_ids=self._stop_ids(params),
-            seed=random.Random(seed).getrandbits(31),
+            seed=random.Random(seed % 2**64).getrandbits(31),
             max_output=min(params.max_tokens or room, room),
         )
         self._check_pages(request)
@@ -83,7 +85,10 @@ class RequestMaker:
                 raise RequestError(
                     "the model has no tokenizer: give the prompt as a list of token ids", "prompt"
                 )
-            prompt = self._tokenizer.encode(prompt)
+            try:
+                prompt = self._tokenizer.encode(prompt)
+            except (TypeError, ValueError) as error:  # a lone surrogate, say
+                raise RequestError(f"the prompt is no text: {error}", "prompt") from error
         if not len(prompt):
             raise RequestError("the prompt is empty", "prompt")
         vocab = self._config.vocab_size
@@ -102,7 +107,8 @@ class RequestMaker:
         for token in params.stop_token_ids:
             if not 0 <= token < self._config.vocab_size:
                 raise RequestError(
-                    f"stop_token_ids holds {token}, which is no token id", "stop_token_ids"
+                    f"stop_token_ids holds {token}; token ids are below {self._config.vocab_size}",
+                    "stop_token_ids",
                 )
         eos = () if params.ignore_eos else self._config.eos_token_ids
         ids = frozenset((*params.stop_token_ids, *eos))
@@ -119,7 +125,10 @@ class RequestMaker:
             if asked is None:
                 continue
             if most != -1 and not 0 <= asked <= most:
-                raise RequestError(f"{name} is {asked}; max_logprobs is {most}", name)
+                raise RequestError(
+                    f"{name} is {asked}: ask for at most {most}, or raise max_logprobs",
+                    name,
+                )
             if asked > vocab:
                 raise RequestError(f"{name} is {asked}; the model has {vocab} tokens", name)
 

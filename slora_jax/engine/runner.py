@@ -82,7 +82,7 @@ class ModelRunner:
         )
         self._buckets = buckets_of(options)
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
-        self._compiled: set[StepShape] = set()
+        self._compiled: set[str] = set()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Dispatches installs, the model and the sampler; waits for none of them."""
@@ -98,7 +98,7 @@ class ModelRunner:
             lora_mode=self._lora_mode(plan),
         )
         packed = jnp.asarray(pack_step(plan, shape.bucket, self._options.max_num_seqs))
-        with self._announced(shape):
+        with self._announced(_describe(shape)):
             logits, hidden, pool, page_table = programs.model_step(
                 self._weights, *self.state, packed, shape=shape
             )
@@ -148,16 +148,18 @@ class ModelRunner:
         penalized = any(row.samples and row.request.params.penalized for row in rows)
         if penalized:
             assert self._counts is not None
-            logits = programs.penalize(logits, self._counts, slot, penalties(rows, bucket))
+            with self._announced(f"penalties of {bucket} rows"):
+                logits = programs.penalize(logits, self._counts, slot, penalties(rows, bucket))
         banned = [banned_ids(row) for row in rows]
         if any(banned):
             ids = [padded(sorted(ids), MOST_BANNED, self._vocab) for ids in banned]
             filler = np.full((bucket - len(rows), MOST_BANNED), self._vocab, np.int32)
             logits = programs.ban(logits, np.concatenate([np.stack(ids), filler]))
-        if all(row.request.params.greedy for row in rows):
+        if all(row.request.params.greedy for row in rows if row.samples):
             tokens = programs.greedy(logits)
         else:
-            tokens = programs.sample(logits, sampling(rows, bucket, self._vocab))
+            with self._announced(f"sampler of {bucket} rows"):
+                tokens = programs.sample(logits, sampling(rows, bucket, self._vocab))
         if penalized:
             assert self._counts is not None
             self._counts = programs.count(self._counts, slot, tokens)
@@ -168,7 +170,10 @@ class ModelRunner:
     def _logprobs(self, plan: StepPlan, logits: Array, tokens: Array) -> Logprobs | None:
         asked = [row.request.params.logprobs for row in plan.rows if row.samples]
         k = self._top_k(asked)
-        return None if k is None else programs.logprobs(logits, tokens, k=k)
+        if k is None:
+            return None
+        with self._announced(f"{k} log-probabilities of {logits.shape[0]} rows"):
+            return programs.logprobs(logits, tokens, k=k)
 
     def _prompt_logprobs(
         self, plan: StepPlan, shape: StepShape, packed: Array, hidden: Array
@@ -185,16 +190,18 @@ class ModelRunner:
         for row in plan.rows:
             following = row.request.prompt[row.start + 1 : row.start + 1 + len(row.tokens)]
             targets += following + [0] * (len(row.tokens) - len(following))
-        return programs.prompt_logprobs(
-            self._weights,
-            self.state.pool,
-            self.state.tables,
-            packed,
-            hidden,
-            padded(targets, hidden.shape[0], 0),
-            shape=shape,
-            k=k,
-        )
+        following = padded(targets, hidden.shape[0], fill=0)
+        with self._announced(f"{k} log-probabilities of the prompts in a {_describe(shape)}"):
+            return programs.prompt_logprobs(
+                self._weights,
+                self.state.pool,
+                self.state.tables,
+                packed,
+                hidden,
+                following,
+                shape=shape,
+                k=k,
+            )
 
     def _top_k(self, asked: Sequence[int | None]) -> int | None:
         """A k that covers all that was asked for, coarse so that few variants are compiled."""
@@ -213,17 +220,20 @@ class ModelRunner:
         self._counts = programs.reset_counts(self._counts, request.slot, output, in_prompt)
 
     @contextmanager
-    def _announced(self, shape: StepShape) -> Iterator[None]:
-        """Says what is compiled, and how long it took: the first call of a shape compiles it."""
-        if shape in self._compiled:
+    def _announced(self, what: str) -> Iterator[None]:
+        """Says what is compiled, and how long it took: its first call compiles a program."""
+        if what in self._compiled:
             yield
             return
-        kind = "decode" if shape.decode else "mixed"
-        lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
-        bucket, lora_kind = shape.bucket, lora[shape.lora_mode]
-        what = f"{kind} step of {bucket.tokens} tokens, {bucket.rows} rows, {lora_kind}"
         logger.info("compiling the %s", what)
         start = time.monotonic()
         yield
-        self._compiled.add(shape)
+        self._compiled.add(what)
         logger.info("compiled the %s in %.1f s", what, time.monotonic() - start)
+
+
+def _describe(shape: StepShape) -> str:
+    kind = "decode" if shape.decode else "mixed"
+    lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
+    tokens, rows = shape.bucket.tokens, shape.bucket.rows
+    return f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}"

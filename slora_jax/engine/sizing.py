@@ -50,10 +50,13 @@ def pool_pages(
     pages -= pages % (256 if pages >= 4096 else 16)
     needed = sequence + 1
     if pages < needed:
+        remedy = "lower max_model_len, or set num_pages"
+        if stats is not None:
+            remedy = "lower max_model_len, max_num_seqs or max_num_batched_tokens, or raise "
+            remedy += "gpu_memory_utilization"
         raise ValueError(
             f"the pool would have {pages} pages of {page_bytes} bytes; one request of "
-            f"max_model_len {options.max_model_len} needs {needed}: lower max_model_len or "
-            "max_num_batched_tokens, or raise gpu_memory_utilization"
+            f"max_model_len {options.max_model_len} needs {needed}: {remedy}"
         )
     return pages
 

@@ -71,7 +71,7 @@ def test_names_and_identity(tmp_path):
     first = store.register("a", write_adapter(tmp_path / "1", BASE, seed=1))
     second = store.register("b", write_adapter(tmp_path / "2", BASE, seed=2))
     assert first.digest != second.digest
-    assert store.names == ("a", "b")
+    assert store.known() == "loaded are a, b"
     with pytest.raises(AdapterError, match="'a' has already been loaded"):
         store.register("a", tmp_path / "2")
     with pytest.raises(AdapterError, match="must not be empty"):

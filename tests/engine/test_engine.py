@@ -8,8 +8,10 @@ import pytest
 from slora_jax import Engine, SamplingParams
 from slora_jax.adapters.peft import AdapterError
 from slora_jax.config import LAYER_MODULES
-from slora_jax.core import FinishReason, RequestError
+from slora_jax.core import EngineDeadError, FinishReason, RequestError
 from slora_jax.demo import BASE_MODEL, adapter_dirs
+from slora_jax.demo.tasks import COPY, TASKS
+from slora_jax.hf_config import read_model_config
 from slora_jax.pool.allocator import PageUse
 from tests.adapters.make import write_adapter
 
@@ -86,7 +88,7 @@ class TestStopping:
         assert len(one(engine, ignore_eos=True).token_ids) == 32
         output = one(engine, min_tokens=20)
         assert len(output.token_ids) >= 20
-        assert not set(engine.config.eos_token_ids) & set(output.token_ids[:19])
+        assert not set(engine.config.eos_token_ids) & set(output.token_ids[:20])
 
 
 class TestSampling:
@@ -130,6 +132,78 @@ class TestSampling:
             if not engine.has_unfinished:
                 break
         assert outputs[-1].token_ids == alone.token_ids
+
+
+def test_an_enormous_top_k_harms_nobody(engine):
+    params = [SamplingParams(temperature=0, max_tokens=32), SamplingParams(top_k=2**40)]
+    assert engine.generate(["hello world", "hello"], params)[0].text == "hello world"
+
+
+def test_outputs_are_snapshots(engine):
+    engine.add_request("hello", SamplingParams(temperature=0, logprobs=0))
+    outputs = list(engine.stream())
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3, 4, 5, 6]
+    assert [len(output.logprobs) for output in outputs] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_that_fails_ends_the_engine(monkeypatch):
+    """What was planned is lost then; to go on would give wrong tokens under the right name."""
+    engine = Engine(BASE_MODEL, dtype="float32", max_num_seqs=4, max_num_batched_tokens=32)
+    engine.add_request("hello", GREEDY)
+
+    def fail(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.runner, "run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    for call in (engine.step, lambda: engine.add_request("hello")):
+        with pytest.raises(EngineDeadError, match="make a new one"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, tmp_path):
+    """Nearly all texts are still right; weights that overflow are refused, not served as inf."""
+    engine = Engine(
+        BASE_MODEL,
+        adapters=adapter_dirs(),
+        dtype=dtype,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        decode_batch_sizes=(8,),
+    )
+    names = [*adapter_dirs(), None]
+    outputs = engine.generate(["red panda"] * len(names), GREEDY, adapters=names)
+    right = [(TASKS[n] if n else COPY).transform("red panda") for n in names]
+    assert sum(o.text == text for o, text in zip(outputs, right, strict=True)) >= len(names) - 1
+    write_adapter(tmp_path, engine.config, modules=("q_proj",), scale_std=1e6)
+    if dtype == "float16":
+        with pytest.raises(AdapterError, match="q_proj has weights that overflow float16"):
+            engine.load_adapter("overflows", tmp_path)
+    else:
+        engine.load_adapter("large", tmp_path)
+
+
+def test_a_slot_forgets_that_its_adapter_had_a_head(tmp_path):
+    """One adapter slot: an adapter with lm_head, then one without, then the first again."""
+    head = write_adapter(
+        tmp_path, read_model_config(BASE_MODEL), modules=("lm_head",), scale_std=0.5
+    )
+    engine = Engine(
+        BASE_MODEL,
+        adapters={"head": head, "upper": adapter_dirs()["upper"]},
+        dtype="float32",
+        max_loras=1,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        decode_batch_sizes=(4,),
+    )
+    names = ["head", "upper", "head"]
+    first, upper, again = engine.generate(["hello"] * 3, GREEDY, adapters=names)
+    assert upper.text == "HELLO"
+    assert first.token_ids == again.token_ids != upper.token_ids
 
 
 class TestLogprobs:
@@ -287,6 +361,49 @@ class TestRefusals:
             Engine(BASE_MODEL, max_model_len=300)
         with pytest.raises(ValueError, match="max_num_batched_tokens must be at least"):
             Engine(BASE_MODEL, max_num_seqs=64, max_num_batched_tokens=8)
+
+    @pytest.mark.parametrize("name", ["max_tokens", "top_k", "min_tokens", "seed", "logprobs"])
+    @pytest.mark.parametrize("value", [3.5, True, "3"])
+    def test_integers(self, name, value):
+        with pytest.raises(RequestError, match=f"{name} must be an integer"):
+            SamplingParams(**{name: value})
+
+    def test_one_prompt_is_not_a_list_of_prompts(self, engine):
+        for prompts in ("hello", [1, 2, 3]):
+            with pytest.raises(RequestError, match="list of prompts"):
+                engine.generate(prompts)
+
+    def test_text_that_is_no_text(self, engine):
+        with pytest.raises(RequestError, match="no text"):
+            engine.add_request("\ud800")
+
+    def test_generate_needs_an_idle_engine(self, engine):
+        request_id = engine.add_request("hello", GREEDY)
+        with pytest.raises(RuntimeError, match="idle"):
+            engine.generate(["hello"], GREEDY)
+        engine.abort(request_id)
+
+
+class TestAborting:
+    def test_running_and_waiting(self, engine):
+        ids = [engine.add_request("hello", GREEDY) for _ in range(6)]  # four rows
+        engine.step()
+        assert [r.id for r in engine.scheduler.waiting] == ids[4:]
+        for request_id in (ids[5], ids[0]):
+            assert engine.abort(request_id).finish_reason is FinishReason.ABORT
+        outputs = [output for output in engine.stream() if output.finished]
+        assert sorted(output.request_id for output in outputs) == sorted(ids[1:5])
+
+    def test_an_id_used_again_gets_nothing_of_the_old_request(self, engine):
+        asked = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0)
+        engine.add_request("hello", asked, request_id="x")
+        engine.step()
+        engine.abort("x")
+        engine.add_request("world", asked, request_id="x")
+        [output] = [output for output in engine.stream() if output.finished]
+        ids = engine.tokenizer.encode("world")
+        assert [list(p) for p in output.prompt_logprobs[1:]] == [[i] for i in ids[1:]]
+        assert output.text == "world"
 
     def test_abort(self, engine):
         ids = [engine.add_request("hello world", GREEDY, adapter=a) for a in ("upper", None)]

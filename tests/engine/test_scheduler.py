@@ -142,7 +142,7 @@ class Host:
             if not row.samples or request not in self.live:
                 continue
             request.output.append(token)
-            assert token == token_at(request.id, len(request.known_tokens) - 1)
+            assert token == token_at(request.id, len(request.prompt) + len(request.output) - 1)
             if len(request.output) == self.live[request]:
                 del self.live[request]
                 self.scheduler.finish(request)
