@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FROM_DEVICE = -1  # a token id that the host doesn't know yet: the slot's last sampled token
+NO_TOKEN = -2  # instead of a token where the logits are not finite
 _INTEGERS = (
     "max_tokens",
     "min_tokens",
@@ -102,7 +103,7 @@ class SamplingParams:
             "repetition_penalty": (0 < self.repetition_penalty <= 2, "above 0 and at most 2"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
-            "stop": (all(self.stop), "without an empty string"),
+            "stop": (all(self.stop), "non-empty strings"),
             "logprobs": (self.logprobs is None or self.logprobs >= -1, "at least 0, or -1 for all"),
             "prompt_logprobs": (
                 self.prompt_logprobs is None or self.prompt_logprobs >= -1,
@@ -141,6 +142,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end of sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the model's length
     ABORT = "abort"
+    ERROR = "error"  # the model gave no distribution; `stop_reason` says why
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` puts what the model expects around it."""
-        return self._inner.encode(text, add_special_tokens=add_special_tokens)
+        # verbose: the engine checks the length itself, and says so in its own words.
+        return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's reply begins.

@@ -89,7 +89,9 @@ def read_adapter(
         name: the adapter's name; None for the directory's.
         max_rank: the engine's `max_lora_rank`; None for no limit.
         base_weight: gives the base's `embed_tokens` or `lm_head`, `[V, E]`. PEFT saves copies of
-            both beside LoRA on either; without this, or if they differ, they are refused.
+            both beside LoRA on either; without this, or if they differ, they are refused. A copy
+            that is the base's but for its narrower dtype is accepted, and the base served, where
+            PEFT would serve the rounded copy.
 
     Raises:
         AdapterError: damaged, not for this base, or not to be served faithfully.

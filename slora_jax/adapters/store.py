@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters that the engine knows, packed in host memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,12 @@ class AdapterStore:
     def __getitem__(self, name: str) -> StoredAdapter:
         return self._adapters[name]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
     def known(self) -> str:
         """The adapters' names, for messages."""
-        names = sorted(self._adapters)
+        names = sorted(self)
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         return f"loaded are {shown}" if names else "none is loaded"
 

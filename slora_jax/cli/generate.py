@@ -32,7 +32,7 @@ from slora_jax.cli.options import (
     base_names,
     start_engine,
 )
-from slora_jax.core import RequestError, RequestOutput
+from slora_jax.core import FinishReason, RequestError, RequestOutput
 from slora_jax.openai.completions import (
     CompletionRequest,
     CompletionResponse,
@@ -192,7 +192,11 @@ class Batch:
         outputs = [output for output in line.outputs.values() if output is not None]
         if len(outputs) == len(line.outputs):
             assert line.request is not None
-            line.result = completion_response(line.request, outputs, self._texts)
+            failed = [o for o in outputs if o.finish_reason is FinishReason.ERROR]
+            if failed:
+                line.result = ErrorResponse.of(RequestError(str(failed[0].stop_reason), "model"))
+            else:
+                line.result = completion_response(line.request, outputs, self._texts)
 
     def _take_finished(self) -> Iterator[CompletionResponse | ErrorResponse]:
         while self._lines and (result := self._lines[0].result) is not None:

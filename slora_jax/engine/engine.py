@@ -28,7 +28,7 @@ from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
 from slora_jax.engine.scheduler import Scheduler
-from slora_jax.engine.sizing import pool_pages
+from slora_jax.engine.sizing import check_pool_fits, pool_pages
 from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
@@ -76,6 +76,7 @@ class Engine:
             pages = pool_pages(weights, self.config, self.options, layout)
             self.options = replace(self.options, num_pages=pages)
         assert self.options.num_pages is not None
+        check_pool_fits(self.options.num_pages, weights, self.config, layout)
         self._layout = layout
         self.pool = PagePool(self.options.num_pages)
         self.adapters = AdapterStore(
@@ -156,7 +157,8 @@ class Engine:
         self._check_alive()
         params = params or SamplingParams()
         if request_id is None:
-            request_id = f"request-{next(self._ids)}"
+            made_up = (f"request-{number}" for number in self._ids)
+            request_id = next(name for name in made_up if name not in self._progress)
         if request_id in self._progress:
             raise RequestError(f"request_id {request_id!r} is in progress already", "request_id")
         request = self._requests.make(request_id, prompt, params, adapter)

@@ -4,6 +4,7 @@
 import numpy as np
 
 from slora_jax.core import (
+    NO_TOKEN,
     FinishReason,
     Logprob,
     PositionLogprobs,
@@ -39,6 +40,10 @@ class RequestProgress:
 
     def append(self, token: int, logprobs: PositionLogprobs | None) -> RequestOutput:
         """Takes the next token; the result says whether the request is finished by it."""
+        if token == NO_TOKEN:
+            who = f"adapter {self.request.adapter!r}" if self.request.adapter else "base model"
+            overflow = f"the logits are not finite: the {who} overflows in this dtype"
+            return self._output([], FinishReason.ERROR, overflow)
         request, params = self.request, self.request.params
         request.output.append(token)
         if self._logprobs is not None and logprobs is not None:

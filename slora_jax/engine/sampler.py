@@ -14,6 +14,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from slora_jax.core import NO_TOKEN
+
 _LEAST_TEMPERATURE = 1e-5
 
 HostOrDevice = np.ndarray | Array
@@ -63,14 +65,20 @@ class Logprobs(NamedTuple):
 
 
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The most likely token; the lowest id among equals."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """The most likely token; the lowest id among equals; NO_TOKEN if there is NaN or infinity."""
+    return _or_no_token(logits, jnp.argmax(logits, axis=-1))
 
 
 def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int[Array, " B"]:
     """Draws from the distribution left by temperature, min-p, top-k and top-p, in that order."""
-    drawn = jax.vmap(_draw)(logits, inputs)
+    drawn = _or_no_token(logits, jax.vmap(_draw)(logits, inputs))
     return jnp.where(inputs.temperature < _LEAST_TEMPERATURE, greedy(logits), drawn)
+
+
+def _or_no_token(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Says so where a model, or an adapter, has overflowed; banned tokens' -inf is no overflow."""
+    finite = jnp.isfinite(logits.max(axis=-1))
+    return jnp.where(finite, tokens, NO_TOKEN).astype(jnp.int32)
 
 
 def _draw(logits: Float[Array, " V"], row: SamplingInputs) -> Int[Array, ""]:

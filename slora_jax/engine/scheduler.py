@@ -3,8 +3,9 @@
 
 Iteration-level scheduling, first come first served: every step, each decoding request gets one
 token, prompts get the rest of the token budget in chunks, and waiting requests are admitted while
-rows, pages and adapter slots last. Output lengths are unknown, so admission is optimistic: when
-pages run out, the request admitted last is preempted and later computed again from its tokens.
+rows, pages and adapter slots last. Nobody overtakes: where the first in the queue finds no room,
+the rest wait behind it, so nobody starves. Output lengths are unknown, so admission is optimistic:
+when pages run out, the request admitted last is preempted and later computed again.
 
 The host plans a step before it has read the previous one's tokens. That is safe because the device
 runs steps in order: pages released here may still be written by a step in flight, but only before

@@ -2,6 +2,7 @@
 """How many pages the pool has."""
 
 import logging
+import os
 from dataclasses import replace
 
 import jax
@@ -12,6 +13,7 @@ from slora_jax.adapters.pack import most_pages
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.engine.packing import buckets_of
 from slora_jax.engine.programs import StepShape, model_step
+from slora_jax.engine.sampler import TokenCounts
 from slora_jax.engine.state import new_state
 from slora_jax.model.inputs import StepInputs
 from slora_jax.model.weights import LlamaWeights
@@ -34,26 +36,27 @@ def pool_pages(
         ValueError: not even one request of full length fits.
     """
     assert options.max_model_len is not None
-    item = weights.embed_tokens.dtype.itemsize
-    page_bytes = config.num_hidden_layers * layout.page_elems * item
+    page_bytes = _page_bytes(weights, config, layout)
     sequence = ceil_div(options.max_model_len, layout.page_size)
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats is None:
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
         adapter = most_pages(options.max_lora_rank, config, layout)
         wanted = options.max_num_seqs * sequence + _ADAPTERS * adapter
         pages = min(wanted, _HOST_BYTES // page_bytes)
     else:
-        usable = int(stats["bytes_limit"] * options.gpu_memory_utilization)
-        temporaries = _step_temporaries(weights, config, options, layout)
-        pages = (usable - stats["bytes_in_use"] - temporaries) // page_bytes
+        share = options.gpu_memory_utilization
+        usable = _free_bytes(share) - _step_temporaries(weights, config, options, layout)
+        pages = usable // page_bytes
     # Coarse, so that a few MB more or less of free memory compile to the same shapes.
     pages -= pages % (256 if pages >= 4096 else 16)
     needed = sequence + 1
     if pages < needed:
-        remedy = "lower max_model_len, or set num_pages"
-        if stats is not None:
-            remedy = "lower max_model_len, max_num_seqs or max_num_batched_tokens, or raise "
-            remedy += "gpu_memory_utilization"
+        remedy = (
+            "lower max_model_len, or set num_pages"
+            if on_cpu
+            else "lower max_model_len, max_num_seqs or max_num_batched_tokens, or raise "
+            "gpu_memory_utilization"
+        )
         raise ValueError(
             f"the pool would have {pages} pages of {page_bytes} bytes; one request of "
             f"max_model_len {options.max_model_len} needs {needed}: {remedy}"
@@ -61,10 +64,43 @@ def pool_pages(
     return pages
 
 
+def check_pool_fits(
+    num_pages: int, weights: LlamaWeights, config: ModelConfig, layout: PageLayout
+) -> None:
+    """Refuses a pool that the device, or the host, has no memory for, before it is made.
+
+    Raises:
+        ValueError: it says how many pages there is memory for.
+    """
+    page_bytes = _page_bytes(weights, config, layout)
+    free = _free_bytes()
+    if num_pages * page_bytes > free:
+        raise ValueError(
+            f"num_pages {num_pages} takes {num_pages * page_bytes / 2**30:.1f} GiB, "
+            f"{page_bytes} bytes a page; there is memory for {free // page_bytes} pages at most"
+        )
+
+
+def _page_bytes(weights: LlamaWeights, config: ModelConfig, layout: PageLayout) -> int:
+    """Bytes of a page in all layers."""
+    return config.num_hidden_layers * layout.page_elems * weights.embed_tokens.dtype.itemsize
+
+
+def _free_bytes(share: float = 1.0) -> int:
+    """Memory that is left for the pool, if only a share of all may be used."""
+    stats = jax.devices()[0].memory_stats()
+    if stats is not None:
+        return int(stats["bytes_limit"] * share) - stats["bytes_in_use"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _step_temporaries(
     weights: LlamaWeights, config: ModelConfig, options: EngineConfig, layout: PageLayout
 ) -> int:
-    """Bytes that the largest step needs beside its arguments; the pool's size doesn't matter."""
+    """Bytes that the engine needs beside weights and pool; the pool's size doesn't matter.
+
+    The largest step's temporaries and results, and the penalties' counts, should a request ask.
+    """
     bucket = buckets_of(options).largest
     shape = StepShape(bucket, False, "all", options.max_lora_rank, config, layout)
     options = replace(options, num_pages=1024)
@@ -74,4 +110,6 @@ def _step_temporaries(
     logger.info("compiling the largest step, to see how much memory it takes")
     memory = model_step.lower(weights, *state, packed, shape=shape).compile().memory_analysis()
     assert memory is not None, "this backend does not say what memory a program takes"
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    step = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    counts = jax.eval_shape(lambda: TokenCounts.zeros(options.max_num_seqs, config.vocab_size))
+    return step + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((counts, state[1:])))

@@ -186,6 +186,26 @@ def test_half_precision(dtype, tmp_path):
         engine.load_adapter("large", tmp_path)
 
 
+def test_an_adapter_that_overflows_fails_alone(engine, tmp_path):
+    """Its requests end with an error; nobody else's tokens change."""
+    write_adapter(tmp_path, engine.config, modules=("gate_proj", "o_proj"), scale_std=1e30)
+    engine.load_adapter("huge", tmp_path)
+    names = ["huge", None, "upper", "huge"]
+    outputs = engine.generate(["hello world"] * 4, GREEDY, adapters=names)
+    for output, name in zip(outputs, names, strict=True):
+        if name == "huge":
+            assert output.finish_reason is FinishReason.ERROR
+            assert "not finite: the adapter 'huge' overflows" in output.stop_reason
+            assert output.token_ids == []
+    assert [o.text for o in outputs[1:3]] == ["hello world", "HELLO WORLD"]
+    engine.unload_adapter("huge")
+
+
+def test_a_pool_that_no_memory_holds():
+    with pytest.raises(ValueError, match=r"takes [\d.]+ GiB, 65536 bytes a page; .* at most"):
+        Engine(BASE_MODEL, dtype="float32", num_pages=10**9)
+
+
 def test_a_slot_forgets_that_its_adapter_had_a_head(tmp_path):
     """One adapter slot: an adapter with lm_head, then one without, then the first again."""
     head = write_adapter(
@@ -353,9 +373,9 @@ class TestRefusals:
         assert error.value.param == name
 
     def test_limits_of_the_engine(self, engine):
-        with pytest.raises(RequestError, match="logprobs is 21; max_logprobs is 20"):
+        with pytest.raises(RequestError, match="logprobs is 21: ask for at most 20"):
             engine.add_request("a", SamplingParams(logprobs=21))
-        with pytest.raises(RequestError, match="no token id"):
+        with pytest.raises(RequestError, match="token ids are below 260"):
             engine.add_request("a", SamplingParams(stop_token_ids=(999,)))
         with pytest.raises(ValueError, match="max_model_len is 300"):
             Engine(BASE_MODEL, max_model_len=300)

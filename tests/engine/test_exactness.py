@@ -23,13 +23,13 @@ CHUNK = 16  # tokens of a step: prompts of up to 45 tokens take several
 CLEAR = 1e-3  # where the reference's two best tokens are closer, either may be chosen
 
 
-def make_engine(case: Path) -> Engine:
+def make_engine(case: Path, budget: int = CHUNK) -> Engine:
     return Engine(
         case / "model",
         adapters={path.name: path for path in sorted((case / "adapters").iterdir())},
         dtype="float32",
         max_num_seqs=8,
-        max_num_batched_tokens=CHUNK,
+        max_num_batched_tokens=budget,
         decode_batch_sizes=(8,),
         max_logprobs=-1,
     )
@@ -71,15 +71,17 @@ def table(output: RequestOutput, vocab: int) -> np.ndarray:
     return np.array([[position[v].logprob for v in range(vocab)] for position in positions])
 
 
-@pytest.mark.parametrize("preempt_every", [None, 3])
+@pytest.mark.parametrize(
+    ("budget", "preempt_every"), [(CHUNK, None), (CHUNK, 3), (100, None)], ids=str
+)
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name, preempt_every):
+def test_golden(name, budget, preempt_every):
     case = GOLDEN / name
     requests = json.loads((case / "reference.json").read_text())["requests"]
     reference = load_file(case / "reference.safetensors")
     assert {r["adapter"] for r in requests} > {None}
     with jax.default_matmul_precision("highest"):
-        engine = make_engine(case)
+        engine = make_engine(case, budget)
         outputs = serve(engine, requests, preempt_every)
     assert (engine.scheduler.num_preemptions > 0) == (preempt_every is not None)
     assert max(len(r["prompt"]) for r in requests) > CHUNK
