@@ -18,6 +18,7 @@ Axis names, used in every shape of this project:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 TILE = 64  # rows and columns of a tile: the 128-byte swizzle of TMA and wgmma is 64 bfloat16 wide
 TILE_ELEMS = TILE * TILE
@@ -26,12 +27,12 @@ TILE_COLUMNS = TILE_ELEMS // SLAB_RANKS  # columns of a LoRA matrix that one til
 COPY_TILES = 4  # tiles of one TMA copy: a box has at most 256 rows
 
 
-def ceil_div(a: int, b: int) -> int:
+def ceil_div(a: Any, b: int) -> Any:
     """`a / b` rounded up, of integers or integer arrays."""
     return -(-a // b)
 
 
-def round_up(a: int, b: int) -> int:
+def round_up(a: Any, b: int) -> Any:
     """`a` rounded up to a multiple of `b`, of integers or integer arrays."""
     return ceil_div(a, b) * b
 

@@ -28,6 +28,7 @@ class RequestProgress:
         self.request = request
         self._eos_ids = eos_ids
         self._detokenizer = detokenizer
+        self._prompt = list(request.prompt)  # the outputs'; the engine goes on reading its own
         self._text = ""
         self._shown = 0  # characters already handed out
         params = request.params
@@ -100,7 +101,7 @@ class RequestProgress:
         return RequestOutput(
             request_id=request.id,
             adapter=request.adapter,
-            prompt_token_ids=list(request.prompt),
+            prompt_token_ids=self._prompt,
             token_ids=list(request.output),
             text=self._text[:end],
             new_token_ids=tokens,

@@ -95,3 +95,13 @@ def test_write_touches_its_rows_only(pages):
     for t in range(4):
         pages.write_kv(LAYER, page[t], offset[t], k[t], v[t])
     np.testing.assert_array_equal(got, pages.pool)
+
+
+def test_shapes_are_checked_while_testing(pages):
+    pytest.importorskip("beartype")
+    q = jnp.zeros((2, GROUP * pages.layout.kv_heads, pages.layout.head_dim))
+    table, lengths = jnp.zeros((2, 4), jnp.int32), jnp.ones(3, jnp.int32)  # three for two requests
+    with pytest.raises(Exception, match="context_len"):
+        paged_decode(
+            q, jnp.asarray(pages.pool), jnp.int32(LAYER), table, lengths, layout=pages.layout
+        )
