@@ -2,7 +2,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +33,6 @@ from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
 
-logger = logging.getLogger(__name__)
-
 
 class Engine:
     """Serves one base Llama and many LoRA adapters from one page pool.
@@ -44,6 +41,7 @@ class Engine:
         model: a Hugging Face directory: `config.json`, safetensors, and a tokenizer if prompts are
             to be text.
         adapters: PEFT directories by name; more can be loaded later.
+        progress: draw a bar on stderr while weights are loaded.
         **options: the fields of `EngineConfig`.
 
     Raises:
