@@ -92,6 +92,8 @@ def adapter_dirs(args: argparse.Namespace) -> dict[str, Path]:
     """
     named: list[tuple[str, Path]] = list(args.lora_modules)
     if args.lora_dir is not None:
+        if not Path(args.lora_dir).is_dir():
+            raise CommandError(f"--lora-dir {args.lora_dir}: no such directory")
         configs = sorted(Path(args.lora_dir).glob("*/adapter_config.json"))
         if not configs:
             raise CommandError(

@@ -39,6 +39,7 @@ def refused(capsys, tmp_path: Path, *options: str) -> str:
         (["--lora-modules", f"base={UPPER}"], "'base' has the name of the base model"),
         (["--lora-modules", f"a={UPPER}", f"a={LEET}"], "two adapters are called 'a'"),
         (["--lora-dir", str(UPPER)], "adapter_config.json"),
+        (["--lora-dir", str(UPPER / "missing")], "no such directory"),
         (["--lora-modules", "a=/nowhere", *SMALL], "the adapter 'a' is refused: /nowhere"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--num-pages", "1"], "num_pages must be at least 2"),
