@@ -187,6 +187,7 @@ def test_optional_fields_may_be_absent(tmp_path, name):
         ("num_attention_heads", 0, "not a multiple of num_attention_heads 0"),
         ("num_key_value_heads", 5, "32 is not a multiple of num_key_value_heads 5"),
         ("head_dim", 127, "head_dim 127 must be even"),
+        ("eos_token_id", -1, "eos_token_id -1 must not be negative"),
     ],
 )
 def test_refuses(tmp_path, name, value, message):
