@@ -49,6 +49,8 @@ class AdapterCache:
 
     def make_room(self, pages: int) -> bool:
         """Evicts unused adapters, oldest first, until `pages` are free; none if that is in vain."""
+        if pages <= self._pool.num_free:
+            return True  # nearly always, and asked for every row of every step
         if pages > self._pool.num_free + self._evictable():
             return False
         while self._pool.num_free < pages:
@@ -72,7 +74,6 @@ class AdapterCache:
             if not self.make_room(reserve):
                 resident.users -= 1
                 return None
-            self._resident.move_to_end(name)
             return resident, None
         wanted = self._pages_of(name)
         slot_in_sight = self._free_slots or any(r.users == 0 for r in self._resident.values())

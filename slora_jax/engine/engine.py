@@ -219,7 +219,7 @@ class Engine:
             params: for all, or one each.
             adapters: for all, or one each; None is the base model.
         """
-        if self.has_unfinished:
+        if self._progress:
             raise RuntimeError(
                 "generate() needs an idle engine: finish or abort other requests first"
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pallas_kernels.layout import ceil_div
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import Request, RequestError, SamplingParams
@@ -135,7 +136,7 @@ class RequestMaker:
     def _check_pages(self, request: Request) -> None:
         """Refuses what would not fit even if it were alone in the pool."""
         tokens = len(request.prompt) + request.max_output - 1
-        kv = -(-tokens // self._options.page_size)
+        kv = ceil_div(tokens, self._options.page_size)
         lora = 0 if request.adapter is None else self._adapters.num_pages(request.adapter)
         if kv + lora > self._capacity:
             raise RequestError(
