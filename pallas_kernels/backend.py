@@ -7,7 +7,7 @@ everywhere. Every operation takes `backend`; whoever builds a program decides on
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from pallas_kernels.layout import TILE, PageLayout
 Backend = Literal["mosaic", "xla"]
 ENVIRONMENT = "SLORA_BACKEND"  # overrides the option; "auto", "mosaic" or "xla"
 LEAST_CAPABILITY = 9.0  # TMA and wgmma
-
-T = TypeVar("T")
 
 
 class BackendError(ValueError):
@@ -87,7 +85,7 @@ def unsupported_shape(
     return None
 
 
-def tuned(table: Mapping[str, T]) -> T:
+def tuned[T](table: Mapping[str, T]) -> T:
     """The line of a tuning table for the GPU that is compiled for; the H200's for one unknown."""
     abstract = getattr(get_abstract_mesh(), "abstract_device", None)
     kind = abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
