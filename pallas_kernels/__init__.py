@@ -8,9 +8,11 @@ implementation passes the same suite. `reference.py` is plain `jax.numpy` and ru
 
 from pallas_kernels.kv_write import kv_write as kv_write
 from pallas_kernels.layout import PageLayout as PageLayout
+from pallas_kernels.lora_delta import lora_delta as lora_delta
 from pallas_kernels.lora_expand import lora_expand as lora_expand
 from pallas_kernels.lora_lookup import lora_lookup as lora_lookup
 from pallas_kernels.lora_shrink import lora_shrink as lora_shrink
 from pallas_kernels.paged_decode import paged_decode as paged_decode
 from pallas_kernels.paged_prefill import paged_prefill as paged_prefill
-from pallas_kernels.segments import Segments as Segments
+from pallas_kernels.segments import Adapters as Adapters
+from pallas_kernels.segments import Modules as Modules

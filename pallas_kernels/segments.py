@@ -1,25 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens of a step belong to which adapter, and where each adapter's matrices lie."""
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.layout import SLAB_RANKS, ceil_div
 
-class Segments(NamedTuple):
-    """Runs of consecutive tokens that share an adapter, from token 0 on.
+MOST_TOKENS = 8  # of a block: 8 tokens of 8 column groups are wgmma's 64 rows
 
-    Tokens past the last run belong to the base model: they have no segment, cost nothing, and get
-    no delta. Padding segments have length 0.
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a step: segment g is a run of consecutive tokens that share one.
+
+    Runs follow each other from token 0 on. Tokens past the last run belong to the base model: they
+    have no segment, cost nothing, and get no delta. Padding segments have length 0. The last line
+    of the layer axis holds the modules that belong to no layer.
     """
 
     length: Int[Array, " G"]  # tokens of each run
     pages: Int[Array, "G N"]  # the adapter's pages, padded with the reserved page 0
+    rank: Int[Array, "G lines M"]  # 0: not adapted
+    first_tile: Int[Array, "G lines M"]  # of A; B follows it, see `PageLayout.b_first_tile`
+    scale: Float[Array, "G lines M"]
+    work: Int[Array, "lines M n 8"]  # the same as a list of work for kernels, see `with_work`
+    work_scale: Float[Array, "lines M n"]
+    block: int = field(metadata={"static": True})  # most tokens of a line of `work`
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """Neighbouring LoRA modules that share their input. Static.
+
+    Attributes:
+        first: the first one's place among the M modules of a line.
+        inputs: I.
+        outputs: columns of each, side by side in the projection's output; their sum is O.
+    """
+
+    first: int
+    inputs: int
+    outputs: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def places(self) -> slice:
+        return slice(self.first, self.first + self.count)
 
 
 class ModuleTable(NamedTuple):
-    """Where the matrices of M modules lie in each segment's pages. Rank 0: not adapted."""
+    """Where the matrices of a few modules of one layer lie in each segment's pages."""
 
     rank: Int[Array, "G M"]
-    first_tile: Int[Array, "G M"]  # of A; B follows it, see `PageLayout.b_first_tile`
+    first_tile: Int[Array, "G M"]
     scale: Float[Array, "G M"]
+
+
+def with_work(
+    length: Int[Array, " G"],
+    pages: Int[Array, "G N"],
+    rank: Int[Array, "G lines M"],
+    first_tile: Int[Array, "G lines M"],
+    scale: Float[Array, "G lines M"],
+    *,
+    tokens: int,
+    block: int = MOST_TOKENS,
+) -> Adapters:
+    """The adapters of a step of at most `tokens` tokens, cut into blocks of at most `block`.
+
+    Made once a step for all layers: a kernel finds a block's work in one line of `work`: its first
+    token, tokens, slabs, first tile of A and segment, and in `work_scale` the scale.
+    """
+    segments = length.shape[0]
+    count = min(tokens, segments + tokens // block)
+    blocks = ceil_div(length, block)
+    ends = jnp.cumsum(blocks)
+    index = jnp.arange(count)
+    segment = jnp.minimum((index[:, None] >= ends).sum(1), segments - 1)
+    done = (index - (ends - blocks)[segment]) * block
+    first_token = (jnp.cumsum(length) - length)[segment] + done
+    size = jnp.clip(length[segment] - done, 0, block)
+    shape = (count, *rank.shape[1:])
+    fields = [
+        jnp.broadcast_to(first_token[:, None, None], shape),
+        jnp.broadcast_to(size[:, None, None], shape),
+        ceil_div(rank, SLAB_RANKS)[segment],
+        first_tile[segment],
+        jnp.broadcast_to(segment[:, None, None], shape),
+    ]
+    unused = jnp.zeros(shape, jnp.int32)  # a line is 32 bytes: one sector of a cache line
+    work = jnp.stack([*fields, unused, unused, unused], axis=-1).astype(jnp.int32)
+    work, scales = work.transpose(1, 2, 0, 3), scale[segment].transpose(1, 2, 0)
+    return Adapters(length, pages, rank, first_tile, scale, work, scales, block)
+
+
+def module_table(adapters: Adapters, layer: Int[Array, ""] | None, modules: Modules) -> ModuleTable:
+    """The lines of a layer's modules; with None, of those that belong to no layer."""
+    line = -1 if layer is None else layer
+    fields = (adapters.rank, adapters.first_tile, adapters.scale)
+    return ModuleTable(*(field[:, line, modules.places] for field in fields))

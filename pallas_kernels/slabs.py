@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import Adapters
 
 
 def pack_matrix(
@@ -51,7 +51,7 @@ def tile_address(
 def read_matrix(
     pool: Shaped[Array, "L P E"],
     layer: Int[Array, ""] | None,
-    segments: Segments,
+    adapters: Adapters,
     first_tile: Int[Array, " G"],
     rank: Int[Array, " G"],
     *,
@@ -64,19 +64,19 @@ def read_matrix(
     used = ceil_div(columns, TILE_COLUMNS)
     offset = stride * jnp.arange(slabs)[:, None] + jnp.arange(used)
     where = tile_address(
-        first_tile[:, None, None] + offset, segments.pages, layer, pool.shape[0], layout
+        first_tile[:, None, None] + offset, adapters.pages, layer, pool.shape[0], layout
     )
     tiles = pool.reshape(*pool.shape[:2], layout.tiles_per_page, -1).at[where].get(mode="clip")
     groups = tiles.reshape(-1, slabs, used, SLAB_RANKS, SLAB_RANKS, TILE)
     rows = groups.transpose(0, 1, 4, 2, 3, 5).reshape(-1, slabs * SLAB_RANKS, used * TILE_COLUMNS)
     # What lies past the rank is somebody else's: select, never multiply by zero.
-    rank = jnp.where(segments.length > 0, rank, 0)
+    rank = jnp.where(adapters.length > 0, rank, 0)
     mine = jnp.arange(max_rank)[:, None] < rank[:, None, None]
     return jnp.where(mine, rows[:, :max_rank, :columns], jnp.zeros((), pool.dtype))
 
 
-def owners(segments: Segments, tokens: int) -> Bool[Array, "T G"]:
+def owners(adapters: Adapters, tokens: int) -> Bool[Array, "T G"]:
     """Which segment each token belongs to; none for the base model's tokens."""
-    ends = jnp.cumsum(segments.length)
+    ends = jnp.cumsum(adapters.length)
     token = jnp.arange(tokens)[:, None]
-    return (token < ends) & (token >= ends - segments.length)
+    return (token < ends) & (token >= ends - adapters.length)

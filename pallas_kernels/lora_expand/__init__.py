@@ -3,9 +3,10 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_expand import reference
-from pallas_kernels.segments import ModuleTable, Segments
+from pallas_kernels.lora_expand import mosaic, reference
+from pallas_kernels.segments import Adapters, Modules
 
 
 def lora_expand(
@@ -13,12 +14,11 @@ def lora_expand(
     h: Float[Array, "T M R"],
     pool: Float[Array, "L P elems"],
     layer: Int[Array, ""] | None,
-    segments: Segments,
-    table: ModuleTable,
+    adapters: Adapters,
     *,
-    inputs: int,
-    outputs: tuple[int, ...],
+    modules: Modules,
     layout: PageLayout,
+    backend: Backend = "xla",
 ) -> Float[Array, "T O"]:
     """`y + s · h Bᵀ`, each token with its own adapter's B and scale s.
 
@@ -26,12 +26,9 @@ def lora_expand(
         y: the base model's output, modules side by side.
         h: from `lora_shrink` or `lora_lookup`, float32; not rounded before the sum is done.
         layer: as in `lora_shrink`.
-        inputs: I of the modules: where A ends is where B begins.
-        outputs: columns of each module in y; their sum is O.
 
     Returns:
         In y's dtype, rounded once. Tokens of the base model keep y bit for bit.
     """
-    return reference.lora_expand(
-        y, h, pool, layer, segments, table, inputs=inputs, outputs=outputs, layout=layout
-    )
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.lora_expand(y, h, pool, layer, adapters, modules=modules, layout=layout)

@@ -5,31 +5,30 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.lora_lookup import reference
-from pallas_kernels.segments import ModuleTable, Segments
+from pallas_kernels.segments import Adapters, Modules
 
 
 def lora_lookup(
     tokens: Int[Array, " T"],
     pool: Float[Array, "L P elems"],
-    segments: Segments,
-    table: ModuleTable,
+    adapters: Adapters,
     *,
-    vocab: int,
+    modules: Modules,
     max_rank: int,
     layout: PageLayout,
 ) -> Float[Array, "T M R"]:
     """`h = A[:, token]` of each token with its own adapter's A `[R, V]` (`lora_embedding_A`).
 
-    It is `lora_shrink` of one-hot inputs with `layer=None`, reading one column instead of all.
+    It is `lora_shrink` of one-hot inputs with `layer=None`, reading one column instead of all. One
+    gather of a few elements a token: XLA's is the only implementation.
 
     Args:
         tokens: in `[0, V)`.
-        table: M = 1, the embedding.
-        vocab: V, the columns of A.
+        modules: one, the embedding; its inputs are the vocabulary, V.
 
     Returns:
         float32. Zero past the rank and for tokens of the base model.
     """
     return reference.lora_lookup(
-        tokens, pool, segments, table, vocab=vocab, max_rank=max_rank, layout=layout
+        tokens, pool, adapters, modules=modules, max_rank=max_rank, layout=layout
     )

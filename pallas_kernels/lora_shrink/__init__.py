@@ -3,30 +3,35 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_shrink import reference
-from pallas_kernels.segments import ModuleTable, Segments
+from pallas_kernels.lora_shrink import mosaic, reference
+from pallas_kernels.segments import Adapters, Modules
 
 
 def lora_shrink(
     x: Float[Array, "T I"],
     pool: Float[Array, "L P elems"],
     layer: Int[Array, ""] | None,
-    segments: Segments,
-    table: ModuleTable,
+    adapters: Adapters,
     *,
+    modules: Modules,
     max_rank: int,
     layout: PageLayout,
+    backend: Backend = "xla",
 ) -> Float[Array, "T M R"]:
     """`h = x Aᵀ` of each token with its own adapter's A, for M modules that share their input.
 
     (S-LoRA section 5.3, MBGMM and MBGMV in one: segments of one token are the gather form.)
 
     Args:
-        layer: None for `lm_head`, whose tiles are spread over all layers.
-        max_rank: R, the largest rank that `table` may hold.
+        layer: in `[0, L)`; None for `lm_head`, whose tiles are spread over all layers.
+        max_rank: R, the largest rank that `adapters` may hold.
 
     Returns:
         float32. Zero past a module's rank and for tokens of the base model.
     """
-    return reference.lora_shrink(x, pool, layer, segments, table, max_rank=max_rank, layout=layout)
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.lora_shrink(
+        x, pool, layer, adapters, modules=modules, max_rank=max_rank, layout=layout
+    )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import PageLayout, Segments
+from pallas_kernels import PageLayout
+from pallas_kernels.backend import Backend
 from slora_jax.config import ModelConfig
 from slora_jax.engine import sampler
 from slora_jax.model.inputs import Bucket, StepInputs, resolve_tokens
@@ -32,14 +33,21 @@ class StepShape:
     max_rank: int = struct.field(pytree_node=False)
     config: ModelConfig = struct.field(pytree_node=False)
     layout: PageLayout = struct.field(pytree_node=False)
+    backend: Backend = struct.field(pytree_node=False, default="xla")
 
 
 def _lora(shape: StepShape, tables: LoraTables, inputs: StepInputs) -> Lora | None:
     if shape.lora_mode == "none":
         return None
-    slot = inputs.segment_slot
-    segments = Segments(inputs.segment_tokens, tables.pages[slot])
-    return Lora(tables, slot, segments, max_rank=shape.max_rank, layout=shape.layout)
+    return Lora.of(
+        tables,
+        inputs.segment_slot,
+        inputs.segment_tokens,
+        shape.bucket.tokens,
+        max_rank=shape.max_rank,
+        layout=shape.layout,
+        backend=shape.backend,
+    )
 
 
 @partial(jax.jit, static_argnames="shape", donate_argnames=("pool", "page_table"))
@@ -78,7 +86,8 @@ def model_step(
     )
     last = hidden.at[inputs.query_start + inputs.query_len - 1].get(mode="clip")
     if lora is not None:
-        lora = lora.with_lengths(inputs.segment_rows) if shape.lora_mode == "all" else None
+        rows = shape.bucket.rows
+        lora = lora.over(inputs.segment_rows, rows) if shape.lora_mode == "all" else None
     return head(weights, last, pool, lora, shape.config), hidden, pool, page_table
 
 
@@ -107,7 +116,7 @@ def prompt_logprobs(
         part = lora
         if part is not None:
             inside = jnp.clip(ends, first, first + rows)
-            part = part.with_lengths(jnp.diff(inside, prepend=first))
+            part = part.over(jnp.diff(inside, prepend=first), rows)
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, rows)
         logits = head(weights, chunk, pool, part, shape.config)
         return sampler.logprobs(logits, jax.lax.dynamic_slice_in_dim(targets, first, rows), k)

@@ -7,7 +7,7 @@ adapters' matrices from the pool.
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,18 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
+    Adapters,
+    Modules,
     PageLayout,
-    Segments,
     kv_write,
+    lora_delta,
     lora_expand,
     lora_lookup,
-    lora_shrink,
     paged_decode,
     paged_prefill,
 )
-from pallas_kernels.segments import ModuleTable
+from pallas_kernels.backend import Backend
+from pallas_kernels.segments import with_work
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
 from slora_jax.model.inputs import StepInputs
 from slora_jax.model.rope import rotate, rotation
@@ -51,21 +53,38 @@ class LoraTables:
 class Lora:
     """The adapters of one step. Static: how the kernels are to read them."""
 
-    tables: LoraTables
-    slot: Int[Array, " G"]  # each segment's adapter slot
-    segments: Segments
+    adapters: Adapters
     max_rank: int = struct.field(pytree_node=False)
     layout: PageLayout = struct.field(pytree_node=False)
+    backend: Backend = struct.field(pytree_node=False)
 
-    def module_table(self, layer: Int[Array, ""] | int, modules: slice) -> ModuleTable:
-        """The lines of `tables` that a kernel needs for neighbouring modules of one layer."""
-        tables = self.tables
-        fields = (tables.rank, tables.first_tile, tables.scale)
-        return ModuleTable(*(field[self.slot, layer, modules] for field in fields))
+    @classmethod
+    def of(
+        cls,
+        tables: LoraTables,
+        slot: Int[Array, " G"],
+        length: Int[Array, " G"],
+        tokens: int,
+        *,
+        max_rank: int,
+        layout: PageLayout,
+        backend: Backend,
+    ) -> "Lora":
+        """Runs of `length` tokens, of `tokens` in all, on the adapters in slots `slot`."""
+        lines = tables.pages[slot], tables.rank[slot], tables.first_tile[slot], tables.scale[slot]
+        adapters = with_work(length, *lines, tokens=tokens)
+        return cls(adapters, max_rank=max_rank, layout=layout, backend=backend)
 
-    def with_lengths(self, length: Int[Array, " G"]) -> "Lora":
+    def over(self, length: Int[Array, " G"], tokens: int) -> "Lora":
         """The same adapters over other tokens."""
-        return replace(self, segments=self.segments._replace(length=length))
+        old = self.adapters
+        lines = old.pages, old.rank, old.first_tile, old.scale
+        return replace(self, adapters=with_work(length, *lines, tokens=tokens))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every operation of LoRA is told."""
+        return {"max_rank": self.max_rank, "layout": self.layout, "backend": self.backend}
 
 
 def rms_norm(x: Float[Array, "T E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "T E"]:
@@ -88,12 +107,9 @@ def project(
     y = linear(x)
     if lora is None:
         return y
-    first = LAYER_MODULES.index(names[0])
-    table = lora.module_table(layer, slice(first, first + len(names)))
-    where = pool, layer, lora.segments, table
-    h = lora_shrink(x, *where, max_rank=lora.max_rank, layout=lora.layout)
     outputs = tuple(config.projection_shape(name)[1] for name in names)
-    return lora_expand(y, h, *where, inputs=x.shape[1], outputs=outputs, layout=lora.layout)
+    modules = Modules(LAYER_MODULES.index(names[0]), x.shape[1], outputs)
+    return lora_delta(x, y, pool, layer, lora.adapters, modules=modules, **lora.options)
 
 
 @struct.dataclass
@@ -167,12 +183,11 @@ def embed(
     x = weights.embed_tokens.at[tokens].get(mode="clip")
     if lora is None:
         return x
-    table = lora.module_table(config.num_hidden_layers, _outer("embed_tokens"))
-    vocab, outputs = config.projection_shape("embed_tokens")
-    size = {"vocab": vocab, "max_rank": lora.max_rank, "layout": lora.layout}
-    h = lora_lookup(tokens, pool, lora.segments, table, **size)
-    where = pool, None, lora.segments, table
-    return lora_expand(x, h, *where, inputs=vocab, outputs=(outputs,), layout=lora.layout)
+    modules = _outer("embed_tokens", config)
+    size = {"max_rank": lora.max_rank, "layout": lora.layout}
+    h = lora_lookup(tokens, pool, lora.adapters, modules=modules, **size)
+    where = {"modules": modules, "layout": lora.layout, "backend": lora.backend}
+    return lora_expand(x, h, pool, None, lora.adapters, **where)
 
 
 def head(
@@ -186,11 +201,10 @@ def head(
     lm_head = weights.lm_head or Linear(weights.embed_tokens)
     logits = lm_head(hidden)
     if lora is not None:
-        table = lora.module_table(config.num_hidden_layers, _outer("lm_head"))
-        inputs, outputs = hidden.shape[1], (logits.shape[1],)
-        where = pool, None, lora.segments, table
-        h = lora_shrink(hidden, *where, max_rank=lora.max_rank, layout=lora.layout)
-        logits = lora_expand(logits, h, *where, inputs=inputs, outputs=outputs, layout=lora.layout)
+        modules = _outer("lm_head", config)
+        logits = lora_delta(
+            hidden, logits, pool, None, lora.adapters, modules=modules, **lora.options
+        )
     return logits.astype(jnp.float32)
 
 
@@ -229,6 +243,6 @@ def forward(
     return rms_norm(x, weights.norm, config.rms_norm_eps), pool
 
 
-def _outer(name: str) -> slice:
-    index = OUTER_MODULES.index(name)
-    return slice(index, index + 1)
+def _outer(name: str, config: ModelConfig) -> Modules:
+    inputs, outputs = config.projection_shape(name)
+    return Modules(OUTER_MODULES.index(name), inputs, (outputs,))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import with_work
 from pallas_kernels.slabs import read_matrix
 from slora_jax.adapters.pack import most_pages, num_pages, pack
 from slora_jax.adapters.peft import AdapterError, read_adapter
@@ -31,7 +31,9 @@ def test_what_is_packed_is_read_back(tmp_path, modules):
     order = np.random.default_rng(0).permutation(len(packed.pages)) + 1
     pool = np.full((BASE.num_hidden_layers, len(order) + 1, LAYOUT.page_elems), np.nan, np.float32)
     pool[:, order] = packed.pages.swapaxes(0, 1)
-    segments = Segments(jnp.ones(1, jnp.int32), jnp.asarray(order, jnp.int32)[None])
+    tables = (jnp.asarray(x[None]) for x in (packed.rank, packed.first_tile, packed.scale))
+    one = jnp.ones(1, jnp.int32), jnp.asarray(order, jnp.int32)[None]
+    adapters = with_work(*one, *tables, tokens=1)
     groups = [(n, LAYER_MODULES, pairs) for n, pairs in enumerate(adapter.layers)]
     for line, names, pairs in [*groups, (BASE.num_hidden_layers, OUTER_MODULES, adapter.outer)]:
         for column, name in enumerate(names):
@@ -50,7 +52,7 @@ def test_what_is_packed_is_read_back(tmp_path, modules):
                 got = read_matrix(
                     jnp.asarray(pool),
                     layer,
-                    segments,
+                    adapters,
                     jnp.asarray([tile]),
                     jnp.asarray([rank]),
                     columns=matrix.shape[1],

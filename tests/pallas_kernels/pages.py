@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import TILE_ELEMS, PageLayout
-from pallas_kernels.segments import ModuleTable, Segments
+from pallas_kernels.segments import Modules, with_work
 from pallas_kernels.slabs import pack_matrix
 
 LAYOUTS = {
@@ -13,6 +13,11 @@ LAYOUTS = {
     "padded": PageLayout(kv_heads=1, head_dim=24, page_size=16),  # KV fills part of a page
     "wide": PageLayout(kv_heads=8, head_dim=64, page_size=16),  # four tiles a page
 }
+
+
+def rounded(x) -> np.ndarray:
+    """float32 that bfloat16 can hold, so that every implementation is given the same numbers."""
+    return np.asarray(x).astype(jnp.bfloat16).astype(np.float32)
 
 
 class Pages:
@@ -48,37 +53,60 @@ class Pages:
             view[at, pages[page], place] = tile
 
 
-class Adapters:
+FIRST_MODULE = 1  # the modules' place in a line of the tables; other places hold nonsense
+
+
+class RandomAdapters:
     """Random adapters for M modules that share their inputs, written into pages.
 
     Args:
         ranks: `[G, M]`; 0 for a module that isn't adapted.
         lengths: tokens of each segment.
+        layer: that has them; None for modules that belong to no layer.
+        tokens: most tokens of the step, base model's included.
+        pages_each: of an adapter.
     """
 
-    def __init__(self, pages: Pages, ranks, lengths, inputs: int, outputs: tuple[int, ...], layer):
+    def __init__(
+        self,
+        pages: Pages,
+        ranks,
+        lengths,
+        inputs: int,
+        outputs: tuple[int, ...],
+        layer: int | None,
+        tokens: int,
+        pages_each: int = 24,
+        block: int = 8,
+    ):
         layout, rng = pages.layout, pages.rng
+        self.modules = Modules(FIRST_MODULE, inputs, outputs)
         self.ranks = np.asarray(ranks)
         self.scale = rng.uniform(0.5, 2.0, self.ranks.shape).astype(np.float32)
         first_tile = np.zeros(self.ranks.shape, np.int32)
         self.a, self.b = {}, {}
         lists = []
         for g, line in enumerate(self.ranks):
-            mine: list[int] = pages.take(24)
+            mine: list[int] = pages.take(pages_each)
             first = 0
             for m, rank in enumerate(line):
                 if rank == 0:
                     continue
-                self.a[g, m] = rng.standard_normal((rank, inputs)).astype(np.float32) / inputs**0.5
-                self.b[g, m] = rng.standard_normal((outputs[m], rank)).astype(np.float32)
+                self.a[g, m] = rounded(rng.standard_normal((rank, inputs)) / inputs**0.5)
+                self.b[g, m] = rounded(rng.standard_normal((outputs[m], rank)))
                 first_tile[g, m] = first
                 for matrix in (self.a[g, m], self.b[g, m].T):
                     tiles = pack_matrix(matrix, layout)
                     pages.write_tiles(layer, mine, tiles, first)
                     first += len(tiles)
             lists.append(mine)
-        self.segments = Segments(jnp.asarray(lengths, jnp.int32), jnp.asarray(lists, jnp.int32))
-        self.table = ModuleTable(*(jnp.asarray(x) for x in (self.ranks, first_tile, self.scale)))
+        line, places = -1 if layer is None else layer, self.modules.places
+        wide = (len(lengths), pages.layers + 1, FIRST_MODULE + len(outputs) + 1)
+        tables = [np.full(wide, 3, x.dtype) for x in (self.ranks, first_tile, self.scale)]
+        for table, values in zip(tables, (self.ranks, first_tile, self.scale), strict=True):
+            table[:, line, places] = values
+        ints = (jnp.asarray(x, jnp.int32) for x in (lengths, lists, *tables[:2]))
+        self.adapters = with_work(*ints, jnp.asarray(tables[2]), tokens=tokens, block=block)
         self.owner = np.repeat(np.arange(len(lengths)), lengths)  # segment of each token
 
     def shrink(self, x: np.ndarray, max_rank: int) -> np.ndarray:

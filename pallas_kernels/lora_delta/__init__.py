@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA whole: inputs to ranks to outputs, added to the base model's, in one launch."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.layout import PageLayout
+from pallas_kernels.lora_delta import mosaic, reference
+from pallas_kernels.segments import Adapters, Modules
+
+
+def lora_delta(
+    x: Float[Array, "T I"],
+    y: Float[Array, "T O"],
+    pool: Float[Array, "L P elems"],
+    layer: Int[Array, ""] | None,
+    adapters: Adapters,
+    *,
+    modules: Modules,
+    max_rank: int,
+    layout: PageLayout,
+    backend: Backend = "xla",
+) -> Float[Array, "T O"]:
+    """`y + s · (x Aᵀ) Bᵀ`, each token with its own adapter's A, B and scale s.
+
+    What `lora_expand` of `lora_shrink` gives, without h going to memory and a second launch.
+
+    Args:
+        x: the projection's input.
+        y: the base model's output, modules side by side.
+        layer: in `[0, L)`; None for `lm_head`, whose tiles are spread over all layers.
+        max_rank: R, the largest rank that `adapters` may hold.
+
+    Returns:
+        In y's dtype, rounded once. Tokens of the base model keep y bit for bit.
+    """
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.lora_delta(
+        x, y, pool, layer, adapters, modules=modules, max_rank=max_rank, layout=layout
+    )

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lora_delta` on Mosaic GPU: both halves of `lora_mosaic` in one launch."""
+
+from pallas_kernels.backend import tuned
+from pallas_kernels.layout import PageLayout
+from pallas_kernels.lora_delta.tuning import TUNING
+from pallas_kernels.lora_mosaic import lora_kernel
+from pallas_kernels.segments import Modules
+
+
+def lora_delta(x, y, pool, layer, adapters, *, modules: Modules, max_rank: int, layout: PageLayout):
+    """See `pallas_kernels.lora_delta.lora_delta`."""
+    y, _ = lora_kernel(
+        x,
+        y,
+        None,
+        pool,
+        layer,
+        adapters,
+        modules=modules,
+        max_rank=max_rank,
+        layout=layout,
+        tuning=tuned(TUNING),
+    )
+    return y
