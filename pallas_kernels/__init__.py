@@ -14,5 +14,6 @@ from pallas_kernels.lora_lookup import lora_lookup as lora_lookup
 from pallas_kernels.lora_shrink import lora_shrink as lora_shrink
 from pallas_kernels.paged_decode import paged_decode as paged_decode
 from pallas_kernels.paged_prefill import paged_prefill as paged_prefill
+from pallas_kernels.rope_kv_write import rope_kv_write as rope_kv_write
 from pallas_kernels.segments import Adapters as Adapters
 from pallas_kernels.segments import Modules as Modules

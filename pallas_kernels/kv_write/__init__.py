@@ -3,7 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.kv_write import reference
+from pallas_kernels.backend import Backend
+from pallas_kernels.kv_write import mosaic, reference
 from pallas_kernels.layout import PageLayout
 
 
@@ -16,6 +17,7 @@ def kv_write(
     offset: Int[Array, " T"],
     *,
     layout: PageLayout,
+    backend: Backend = "xla",
 ) -> Float[Array, "L P elems"]:
     """`pool[layer, page[t]]` gets `k[t]` and `v[t]` at row `offset[t]` of its `[2, K, S, D]`.
 
@@ -30,4 +32,5 @@ def kv_write(
     Returns:
         The updated pool.
     """
-    return reference.kv_write(pool, layer, k, v, page, offset, layout=layout)
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.kv_write(pool, layer, k, v, page, offset, layout=layout)

@@ -4,16 +4,15 @@
 from pallas_kernels.backend import tuned
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.lora_delta.tuning import TUNING
-from pallas_kernels.lora_mosaic import lora_kernel
+from pallas_kernels.lora_gather import lora_gather
 from pallas_kernels.segments import Modules
 
 
 def lora_delta(x, y, pool, layer, adapters, *, modules: Modules, max_rank: int, layout: PageLayout):
     """See `pallas_kernels.lora_delta.lora_delta`."""
-    y, _ = lora_kernel(
+    return lora_gather(
         x,
         y,
-        None,
         pool,
         layer,
         adapters,
@@ -22,4 +21,3 @@ def lora_delta(x, y, pool, layer, adapters, *, modules: Modules, max_rank: int, 
         layout=layout,
         tuning=tuned(TUNING),
     )
-    return y

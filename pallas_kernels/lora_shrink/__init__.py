@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_shrink import mosaic, reference
+from pallas_kernels.lora_shrink import reference
 from pallas_kernels.segments import Adapters, Modules
 
 
@@ -31,7 +31,6 @@ def lora_shrink(
     Returns:
         float32. Zero past a module's rank and for tokens of the base model.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.lora_shrink(
+    return reference.lora_shrink(
         x, pool, layer, adapters, modules=modules, max_rank=max_rank, layout=layout
     )

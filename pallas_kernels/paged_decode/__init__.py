@@ -3,8 +3,9 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.paged_decode import reference
+from pallas_kernels.paged_decode import mosaic, reference
 
 
 def paged_decode(
@@ -15,6 +16,7 @@ def paged_decode(
     context_len: Int[Array, " B"],
     *,
     layout: PageLayout,
+    backend: Backend = "xla",
 ) -> Float[Array, "B H D"]:
     """`softmax(q kᵀ / √D) v` over the first `context_len` tokens of each request.
 
@@ -28,4 +30,5 @@ def paged_decode(
     Returns:
         In q's dtype.
     """
-    return reference.paged_decode(q, pool, layer, page_table, context_len, layout=layout)
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.paged_decode(q, pool, layer, page_table, context_len, layout=layout)

@@ -3,8 +3,9 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.paged_prefill import reference
+from pallas_kernels.paged_prefill import mosaic, reference
 
 
 def paged_prefill(
@@ -17,6 +18,7 @@ def paged_prefill(
     context_len: Int[Array, " B"],
     *,
     layout: PageLayout,
+    backend: Backend = "xla",
 ) -> Float[Array, "T H D"]:
     """`softmax(q kᵀ / √D) v`, each token over its request's tokens up to and including itself.
 
@@ -32,6 +34,7 @@ def paged_prefill(
     Returns:
         In q's dtype; 0 for tokens that no request owns.
     """
-    return reference.paged_prefill(
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.paged_prefill(
         q, pool, layer, page_table, query_start, query_len, context_len, layout=layout
     )

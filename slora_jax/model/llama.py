@@ -18,18 +18,18 @@ from pallas_kernels import (
     Adapters,
     Modules,
     PageLayout,
-    kv_write,
     lora_delta,
     lora_expand,
     lora_lookup,
     paged_decode,
     paged_prefill,
+    rope_kv_write,
 )
 from pallas_kernels.backend import Backend
 from pallas_kernels.segments import with_work
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
 from slora_jax.model.inputs import StepInputs
-from slora_jax.model.rope import rotate, rotation
+from slora_jax.model.rope import rotation
 from slora_jax.model.weights import LayerWeights, Linear, LlamaWeights
 
 LoraMode = Literal["none", "layers", "all"]  # "all": some adapter has embed_tokens or lm_head too
@@ -120,22 +120,21 @@ class Attention:
     page_table: Int[Array, "B N"]
     page: Int[Array, " T"]  # of each token's new key and value
     offset: Int[Array, " T"]
-    cos: Float[Array, "T 1 D"]
-    sin: Float[Array, "T 1 D"]
+    cos: Float[Array, "T D/2"]
+    sin: Float[Array, "T D/2"]
     layout: PageLayout = struct.field(pytree_node=False)
     decode: bool = struct.field(pytree_node=False)  # every row is one token: T = B
 
     def __call__(
         self,
-        q: Float[Array, "T H D"],
-        k: Float[Array, "T K D"],
-        v: Float[Array, "T K D"],
+        qkv: Float[Array, "T O"],
         pool: Float[Array, "L P elems"],
         layer: Int[Array, ""],
+        heads: int,
     ) -> tuple[Float[Array, "T H D"], Float[Array, "L P elems"]]:
         """Stores the new keys and values, then attends over all of each request's."""
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        pool = kv_write(pool, layer, k, v, self.page, self.offset, layout=self.layout)
+        where = self.cos, self.sin, self.page, self.offset
+        q, pool = rope_kv_write(pool, layer, qkv, *where, heads=heads, layout=self.layout)
         step, table = self.inputs, self.page_table
         if self.decode:
             return paged_decode(q, pool, layer, table, step.context_len, layout=self.layout), pool
@@ -155,14 +154,11 @@ def decoder_layer(
 ) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
     """One layer. Jitted, with the layer's number traced: L layers are traced and lowered once."""
     tokens = x.shape[0]
-    heads = config.num_attention_heads, config.num_key_value_heads
     linear = partial(project, pool=pool, layer=layer, lora=lora, config=config)
 
     z = rms_norm(x, weights.input_norm, config.rms_norm_eps)
     qkv = linear(weights.qkv, z, names=("q_proj", "k_proj", "v_proj"))
-    qkv = qkv.reshape(tokens, heads[0] + 2 * heads[1], config.head_dim)
-    q, k, v = jnp.split(qkv, (heads[0], heads[0] + heads[1]), axis=1)
-    attended, pool = attention(q, k, v, pool, layer)
+    attended, pool = attention(qkv, pool, layer, heads=config.num_attention_heads)
     linear = partial(linear, pool=pool)
     x = x + linear(weights.o, attended.reshape(tokens, -1), names=("o_proj",))
 

@@ -31,17 +31,7 @@ def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " D/2"]:
 
 def rotation(
     positions: Int[Array, " T"], config: ModelConfig
-) -> tuple[Float[Array, "T 1 D"], Float[Array, "T 1 D"]]:
+) -> tuple[Float[Array, "T D/2"], Float[Array, "T D/2"]]:
     """Cosine and sine of every token's angles, float32, to be shared by all layers."""
     angle = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config)
-    angle = jnp.concatenate([angle, angle], axis=-1)[:, None]
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-    x: Float[Array, "T heads D"], cos: Float[Array, "T 1 D"], sin: Float[Array, "T 1 D"]
-) -> Float[Array, "T heads D"]:
-    """Rotates the first half of each head against the second, in x's dtype."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.rope_kv_write.reference import rotate
 from slora_jax.config import Llama3Rope, ModelConfig
-from slora_jax.model.rope import inverse_frequencies, rotate, rotation
+from slora_jax.model.rope import inverse_frequencies, rotation
 
 STRETCHED = Llama3Rope(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192

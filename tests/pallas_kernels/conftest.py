@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operation is tested on pages of several shapes."""
+"""Every operation is tested on pages of several shapes, in each of its implementations."""
 
+from collections.abc import Iterator
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.backend import Backend, unsupported_shape
 from pallas_kernels.layout import PageLayout
 from tests.pallas_kernels.pages import LAYOUTS, Pages
 
@@ -15,3 +22,31 @@ def layout(request) -> PageLayout:
 @pytest.fixture
 def pages(layout) -> Pages:
     return Pages(layout)
+
+
+@pytest.fixture(params=get_args(Backend))
+def backend(request, capsys) -> Iterator[Backend]:
+    """Runs a test once for every implementation, on the layouts that it supports.
+
+    Without a GPU, Mosaic's kernels run in its interpreter, which fills fresh memory with NaN and
+    watches for races between the threads of a CTA (between CTAs it sees none).
+    """
+    if request.param == "xla":
+        yield request.param
+        return
+    if "layout" in request.fixturenames:
+        layout = request.getfixturevalue("layout")
+        if reason := unsupported_shape(dtype=jnp.bfloat16, layout=layout):
+            pytest.skip(reason)
+    if jax.default_backend() == "gpu":
+        yield request.param
+        return
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield request.param
+    assert "RACE DETECTED" not in capsys.readouterr().out  # JAX 0.12 raises, 0.11 prints
+
+
+@pytest.fixture
+def dtype(backend) -> jnp.dtype:
+    """What to test an implementation in: the most exact that it supports."""
+    return jnp.dtype(jnp.bfloat16 if backend == "mosaic" else jnp.float32)

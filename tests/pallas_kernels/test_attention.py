@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One suite for every implementation of the KV and attention operations."""
+"""One suite for every implementation of the attention operations."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import kv_write, paged_decode, paged_prefill
+from pallas_kernels import paged_decode, paged_prefill
 from pallas_kernels.layout import ceil_div
 
 LAYER, GROUP = 1, 3  # query heads of a key/value head
@@ -80,21 +79,6 @@ def test_prefill(pages, contexts, queries):
             t = starts[b] + i
             want[t] = expected(q[t], keys[b], values[b], context - length + i)
     np.testing.assert_allclose(got, want, atol=2e-5)
-
-
-def test_write_touches_its_rows_only(pages):
-    layout = pages.layout
-    page = np.array([*pages.take(4), pages.num_pages], np.int32)  # the last token is padding
-    page[1] = page[0]
-    offset = np.array([0, 15, 7, 3, 2], np.int32)
-    k, v = pages.rng.standard_normal((2, 5, layout.kv_heads, layout.head_dim)).astype(np.float32)
-    write = jax.jit(kv_write, static_argnames="layout", donate_argnums=0)
-    pool = jnp.asarray(pages.pool)
-    got = write(pool, jnp.int32(LAYER), k, v, page, offset, layout=layout)
-    assert pool.is_deleted()
-    for t in range(4):
-        pages.write_kv(LAYER, page[t], offset[t], k[t], v[t])
-    np.testing.assert_array_equal(got, pages.pool)
 
 
 def test_shapes_are_checked_while_testing(pages):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pallas_kernels import lora_expand, lora_lookup, lora_shrink
 from pallas_kernels.layout import TILE_ELEMS
 from pallas_kernels.slabs import pack_matrix
-from tests.pallas_kernels.pages import LAYOUTS, Adapters, Pages
+from tests.pallas_kernels.pages import LAYOUTS, Pages, RandomAdapters
 
 MAX_RANK = 24
 CASES = {

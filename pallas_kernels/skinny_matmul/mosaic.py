@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`skinny_matmul` for Hopper: one wave of CTAs streams W through deep rings in shared memory.
+
+The operands change places: rows of W are the rows of a wgmma and tokens its columns, `yᵀ = W xᵀ`,
+so that few tokens waste nothing. A CTA has a tile of 64 to 256 rows of W, 64 for each warpgroup
+that computes, and one warpgroup more that loads. All CTAs run at once and keep the same number of
+bytes under way, so memory serves them alike. Where tiles alone would leave multiprocessors idle,
+the CTAs of a cluster split the inputs and add up their parts in shared memory, each for a share of
+the tokens.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.backend import tuned
+from pallas_kernels.layout import ceil_div
+from pallas_kernels.skinny_matmul import reference
+from pallas_kernels.skinny_matmul.tuning import TUNING, Plan
+
+ROWS = 64  # of a wgmma, and so of a warpgroup
+TOKENS = 8  # the grain of a wgmma's columns and of the swizzle
+MOST_TOKENS = 128  # whose accumulators fit in registers
+SWIZZLED = (plgpu.TilingTransform((TOKENS, 64)), plgpu.SwizzleTransform(128))
+WGMMA = plgpu.Layout.WGMMA
+
+
+def skinny_matmul(x, weight, *, plan: Plan | None = None, interpret: bool = False):
+    """See `pallas_kernels.skinny_matmul.skinny_matmul`.
+
+    Other shapes than these are left to the reference: 1 to 128 tokens, inputs and outputs that are
+    multiples of 64. More than 8 tokens that are no multiple of 8 cost a padded copy of x (XLA puts
+    it into what produces x, if it can) and one of y.
+
+    Args:
+        plan: how to deal out W; None: as tuned.
+        interpret: clusters exchange through memory, since Mosaic's interpreter knows no stores into
+            the shared memory of another CTA.
+    """
+    (tokens, inputs), outputs = x.shape, weight.shape[0]
+    plan = plan or tuned(TUNING).plan(tokens, outputs, inputs)
+    if not 0 < tokens <= MOST_TOKENS or inputs % plan.step or outputs % ROWS:
+        return reference.skinny_matmul(x, weight)
+    if tokens > TOKENS and tokens % TOKENS:
+        padded = jnp.pad(x, ((0, -tokens % TOKENS), (0, 0)))
+        return skinny_matmul(padded, weight, plan=plan, interpret=interpret)[:tokens]
+
+    groups, split, dtype = plan.rows // ROWS, plan.split, x.dtype
+    tiles, stages, step = ceil_div(outputs, plan.rows), plan.stages(tokens), plan.step
+    share, columns = plan.share(tokens), plan.columns(tokens)
+    shares = columns // share
+    scratch: dict[str, Any] = dict(
+        w_smem=plgpu.SMEM((stages, plan.rows, step), dtype, transforms=SWIZZLED),
+        x_smem=plgpu.SMEM((stages, columns, step), dtype, transforms=SWIZZLED),
+        y_smem=plgpu.SMEM((groups, share, ROWS), dtype, transforms=SWIZZLED),
+        ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+    )
+    out_type = [jax.ShapeDtypeStruct((tokens, outputs), dtype)]
+    if split > 1:
+        swizzle = plgpu.find_swizzle(share * 32)
+        swizzled = plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle)
+        through_memory = interpret or plan.through_memory
+        parts = (groups, shares if through_memory else split, ROWS, share)
+        scratch["parts_smem"] = plgpu.SMEM(parts, jnp.float32, transforms=swizzled)
+        if through_memory:
+            out_type.append(jax.ShapeDtypeStruct((tiles, split, *parts), jnp.float32))
+            scratch["shared"] = plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=groups)
+        else:
+            scratch["shared"] = plgpu.Barrier(num_arrivals=split, num_barriers=groups)
+
+    y, *_ = plgpu.kernel(
+        partial(_kernel, plan=plan),
+        out_type=out_type,
+        grid=(tiles,),
+        grid_names=("tile",),
+        cluster=(split,),
+        cluster_names=("part",),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        kernel_name="skinny_matmul",
+    )(x, weight)
+    return y
+
+
+def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, free, **exchange):
+    """Body of one warpgroup.
+
+    `exchange`: where the CTAs of a cluster add up, see `_add_up`; nothing if the inputs are whole.
+    """
+    stages, columns, width = x_smem.shape
+    groups, share, _ = y_smem.shape
+    tile, part, group = (lax.axis_index(name) for name in ("tile", "part", "warpgroup"))
+    steps = x.shape[1] // width
+    first = lax.div(part * steps, jnp.int32(plan.split))
+    count = lax.div((part + 1) * steps, jnp.int32(plan.split)) - first
+
+    def slot(step):
+        return lax.rem(step, jnp.int32(stages))
+
+    @pl.when(group == groups)
+    def load():
+        def fetch(step):
+            at = lax.rem(step + tile, count) if plan.stagger else step
+            inputs = pl.ds(pl.multiple_of((first + at) * width, width), width)
+            rows = pl.ds(pl.multiple_of(tile * plan.rows, ROWS), plan.rows)
+            # Tokens past the last are zeros to TMA. 0 is traced, or JAX would refuse the slice.
+            tokens = pl.ds(0 * tile, columns)
+            of_step = slot(step)
+            arrive = ready.at[of_step]
+            plgpu.copy_gmem_to_smem(weight.at[rows, inputs], w_smem.at[of_step], arrive)
+            plgpu.copy_gmem_to_smem(x.at[tokens, inputs], x_smem.at[of_step], arrive)
+
+        for step in range(stages):
+            pl.when(step < count)(lambda step=step: fetch(jnp.int32(step)))
+
+        @pl.loop(stages, count)
+        def _(step):
+            plgpu.barrier_wait(free.at[slot(step)])
+            fetch(step)
+
+        for step in range(stages):  # nobody may leave a barrier that he has not seen complete
+            pl.when(step < count)(lambda step=step: plgpu.barrier_wait(free.at[step]))
+
+    @pl.when(group < groups)
+    def compute():
+        def products(acc):
+            rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
+
+            @pl.loop(0, count)
+            def _(step):
+                of_step = slot(step)
+                plgpu.barrier_wait(ready.at[of_step])
+                plgpu.wgmma(acc, w_smem.at[of_step, rows], x_smem.at[of_step].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[of_step])
+
+            return acc[...]
+
+        def store(sums):
+            """Writes y of this CTA's share of the tokens."""
+            y_smem.at[group].transpose((1, 0))[...] = sums.astype(y.dtype)
+            plgpu.commit_smem()
+            tokens = pl.ds(pl.multiple_of(part * share, TOKENS), share)
+            rows = pl.ds(pl.multiple_of(tile * plan.rows + group * ROWS, ROWS), ROWS)
+            plgpu.copy_smem_to_gmem(y_smem.at[group], y.at[tokens, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        sums = pl.run_scoped(products, plgpu.ACC((ROWS, columns), jnp.float32))
+        if plan.split == 1:
+            store(sums)
+        else:
+            parts_gmem = None if parts is None else parts.at[tile]
+            _add_up(sums, part, group, plan.split, store, parts_gmem, **exchange)
+
+
+def _add_up(sums, part, group, split, store, parts_gmem, *, shared, parts_smem):
+    """Exchanges sums with the other CTAs of the cluster, and stores the total of a share of tokens.
+
+    Parts are added in the same order every time, so that results are the same bit for bit.
+
+    Args:
+        sums: [ROWS, shares * share], of this part of the inputs.
+        store: is called with the total of this CTA's share, [ROWS, share].
+        parts_gmem: [split, groups, shares, ROWS, share], to exchange through memory; else None.
+        shared: barrier of a warpgroup: all parts are there.
+        parts_smem: [groups, shares, ROWS, share] that leave through memory, or
+            [groups, split, ROWS, share] that other CTAs have put here.
+    """
+    share = parts_smem.shape[-1]
+    shares = sums.shape[1] // share
+    pieces = [sums[:, i * share : (i + 1) * share] for i in range(shares)]
+    if parts_gmem is None:
+        for i, piece in enumerate(pieces):
+            to = {"cluster_idx": jnp.int32(i), "cluster_dim": "part"}
+            plgpu.async_store_smem(piece, parts_smem.at[group, part], shared.at[group], **to)
+    else:
+        for i, piece in enumerate(pieces):
+            parts_smem[group, i] = piece
+        plgpu.commit_smem()
+        # TMA stores, as their end can be waited for: the barrier orders no plain stores to memory.
+        for i in range(shares):
+            plgpu.copy_smem_to_gmem(parts_smem.at[group, i], parts_gmem.at[part, group, i])
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(shared.at[group])
+        plgpu.barrier_wait(shared.at[group])
+
+    @pl.when(part < shares)
+    def _():
+        if parts_gmem is None:
+            plgpu.barrier_wait(shared.at[group])
+            parts = [parts_smem.at[group, p] for p in range(split)]
+        else:
+            parts = [parts_gmem.at[p, group, part] for p in range(split)]
+        total = plgpu.load(parts[0], layout=WGMMA, optimized=False)
+        for ref in parts[1:]:
+            total += plgpu.load(ref, layout=WGMMA, optimized=False)
+        store(total)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Constants of the Mosaic `skinny_matmul`, by GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pallas_kernels.layout import ceil_div, round_up
+
+SPLITS = (1, 2, 4, 8)  # a portable cluster has at most 8 CTAs
+ROWS = (64, 128, 192, 256)  # a TMA box has at most 256 rows
+LEAST_STAGES = 3
+SHARED_BYTES = 222 << 10  # of a CTA, for arrays; Mosaic needs some of the 227 KiB for itself
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the weights of one shape are dealt out.
+
+    Attributes:
+        rows: of W, and so outputs, of one CTA: 64 for each of its computing warpgroups.
+        split: CTAs of a cluster, each with its part of the inputs of the same outputs.
+        most_stages: steps that are in shared memory, or under way, at most.
+        step: inputs of a step, a multiple of 64.
+        stagger: tiles begin at different inputs, so that not all CTAs ask for the same columns of x
+            at once, and for addresses of W that are one power of two apart.
+        through_memory: the CTAs of a cluster exchange their sums through memory (the L2 cache), not
+            by stores into each other's shared memory.
+    """
+
+    rows: int
+    split: int
+    most_stages: int = 16
+    step: int = 64
+    stagger: bool = False
+    through_memory: bool = False
+
+    def share(self, tokens: int) -> int:
+        """Tokens whose sums each CTA of a cluster finishes; the last ones may have fewer, or none.
+
+        A multiple of 8, the grain of a wgmma's columns and of the swizzle.
+        """
+        return round_up(ceil_div(tokens, self.split), 8)
+
+    def columns(self, tokens: int) -> int:
+        """Tokens, padded to whole shares."""
+        return round_up(tokens, self.share(tokens))
+
+    def stages(self, tokens: int) -> int:
+        """Steps of 2-byte numbers that fit into shared memory beside the results."""
+        exchanged = 4 * self.split if self.split > 1 else 0
+        results = self.rows * self.share(tokens) * (2 + exchanged)
+        of_step = (self.rows + self.columns(tokens)) * self.step * 2
+        return min(self.most_stages, (SHARED_BYTES - results) // of_step)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What `plan` weighs.
+
+    Attributes:
+        ctas: that run at once, one for each multiprocessor.
+        idle_cost: of a multiprocessor without a CTA, in shares of the time of one with: few of them
+            saturate the memory, so less than 1.
+        wave_cost: of each further wave of CTAs, in shares of the whole time.
+        x_cost: of reading a byte of x from the L2 cache, in bytes of W.
+        split_cost: of each further part of the inputs, in bytes of W for each byte of the result.
+        plans: what was measured to be best, by `(outputs, inputs)`.
+    """
+
+    ctas: int
+    idle_cost: float
+    wave_cost: float
+    x_cost: float
+    split_cost: float
+    plans: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
+
+    def plan(self, tokens: int, outputs: int, inputs: int) -> Plan:
+        """The plan of a shape: the measured one, or the cheapest by a simple model."""
+        measured = self.plans.get((outputs, inputs))
+        if measured is not None and measured.stages(tokens) >= LEAST_STAGES:
+            return measured
+
+        def cost(plan: Plan) -> float:
+            ctas = ceil_div(outputs, plan.rows) * plan.split
+            waves = ceil_div(ctas, self.ctas)
+            idle = self.idle_cost * (waves * self.ctas / ctas - 1) + self.wave_cost * (waves - 1)
+            padding = ceil_div(outputs, plan.rows) * plan.rows / outputs - 1
+            x = self.x_cost * tokens / plan.rows
+            exchange = self.split_cost * (plan.split - 1) * tokens / inputs
+            return idle + padding + x + exchange
+
+        plans = [Plan(rows, split) for rows in ROWS for split in SPLITS]
+        return min((p for p in plans if p.stages(tokens) >= LEAST_STAGES), key=cost)
+
+
+TUNING = {
+    # TODO(measure)
+    "NVIDIA H200": Tuning(ctas=132, idle_cost=0.5, wave_cost=0.2, x_cost=0.3, split_cost=1.0),
+}
