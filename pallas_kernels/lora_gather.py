@@ -99,6 +99,7 @@ def lora_gather(
             b_first = part * of_module(b_shares)
             b_mine = jnp.clip(of_module(b_copies) - b_first, 0, of_module(b_shares))
             a_steps = slabs * a_mine
+            steps = a_steps + slabs * b_mine
 
             def for_tiles(do: Callable[..., None], otherwise: Callable[[], None]) -> None:
                 """The CTA's outputs, tile by tile, no more than the module has left."""
@@ -159,6 +160,8 @@ def lora_gather(
                     here = jnp.clip(b_mine - done, 0, held)
                     first = b_tile + (b_first + done) * unit
                     fetch_slabs(a_steps + done * slabs, first, b_stride, here)
+                if parts > 1:  # long passed: the interpreter wants every warpgroup to see it
+                    plgpu.barrier_wait(together)
 
             def consume(step: Any, multiply: Callable[[Any], None]) -> None:
                 """Waits for a step's tiles, uses them, and lets their place be filled again."""
@@ -166,7 +169,8 @@ def lora_gather(
                 plgpu.barrier_wait(ready.at[stage])
                 multiply(tiles.at[stage])
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[stage])
+                # Nobody waits for the last places.
+                pl.when(step + stages < steps)(lambda: plgpu.barrier_arrive(free.at[stage]))
 
             def compute() -> None:
                 row, column = (
