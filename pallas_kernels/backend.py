@@ -6,7 +6,7 @@ everywhere. Every operation takes `backend`; whoever builds a program decides on
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -25,7 +25,7 @@ class BackendError(ValueError):
 
 
 def choose_backend(
-    option: str, *, dtype: Any, layout: PageLayout, widths: tuple[int, ...] = ()
+    option: str, *, dtype: Any, layout: PageLayout, widths: Sequence[int] = ()
 ) -> Backend:
     """Mosaic where it can run, XLA elsewhere; `option` and the environment can force one.
 
@@ -55,7 +55,7 @@ def choose_backend(
     return "xla"
 
 
-def why_not_mosaic(*, dtype: Any, layout: PageLayout, widths: tuple[int, ...] = ()) -> str | None:
+def why_not_mosaic(*, dtype: Any, layout: PageLayout, widths: Sequence[int] = ()) -> str | None:
     """What keeps the Mosaic kernels from running on this process's devices; None: nothing."""
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -69,9 +69,7 @@ def why_not_mosaic(*, dtype: Any, layout: PageLayout, widths: tuple[int, ...] = 
     return unsupported_shape(dtype=dtype, layout=layout, widths=widths)
 
 
-def unsupported_shape(
-    *, dtype: Any, layout: PageLayout, widths: tuple[int, ...] = ()
-) -> str | None:
+def unsupported_shape(*, dtype: Any, layout: PageLayout, widths: Sequence[int] = ()) -> str | None:
     """What the Mosaic kernels do not support in a model's shape, on whatever device."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"they compute in bfloat16 or float16, not {jnp.dtype(dtype).name} (dtype)"
@@ -85,8 +83,22 @@ def unsupported_shape(
     return None
 
 
+def interpreted() -> bool:
+    """Whether Mosaic kernels run in the interpreter: without a GPU, and not compiled for one.
+
+    It knows no register operands of wgmma and no stores into another CTA's memory; a kernel that
+    uses them has a slower form for it.
+    """
+    return _abstract_device() is None and jax.default_backend() != "gpu"
+
+
 def tuned[T](table: Mapping[str, T]) -> T:
     """The line of a tuning table for the GPU that is compiled for; the H200's for one unknown."""
-    abstract = getattr(get_abstract_mesh(), "abstract_device", None)
+    abstract = _abstract_device()
     kind = abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
     return table.get(kind, table["NVIDIA H200"])
+
+
+def _abstract_device():
+    """The device that is compiled for, where that is not one of this process's."""
+    return getattr(get_abstract_mesh(), "abstract_device", None)

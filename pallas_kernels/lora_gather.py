@@ -2,8 +2,9 @@
 """LoRA of single tokens over paged adapters: shrink, expand and add in one Mosaic GPU kernel.
 
 The gather form, for decode: every token reads its own adapter's A and B once, which is all the time
-there is. A CTA does one module of one token, or a cluster of `parts` CTAs do, A split over them by
-columns and B by outputs. Copies of B are on their way while A is still being multiplied.
+there is. A CTA does one module of one token; its loader runs ahead, through A and on into B. Where
+tokens are few, `parts` CTAs share a module's outputs: all of them multiply the whole of A, which
+the others then find in the L2 cache, so that none waits for another.
 
 The tensor cores work on tiles as they lie in the pool (`layout.py`), by leaving most of each
 product unused.
@@ -28,6 +29,7 @@ from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ce
 from pallas_kernels.segments import Adapters, Modules
 
 GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
+MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
 HELD_TILES = 2  # of outputs that a CTA sums in registers at a time: 32 registers a tile
 SWIZZLED = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
@@ -39,12 +41,14 @@ class Tuning:
     """Constants of the kernel.
 
     Attributes:
-        parts: CTAs that share a token's module, up to 8.
+        ctas: CTAs that the GPU should be given, if outputs can be shared among so many.
+        most_parts: most CTAs that share a token's module.
         stages: copies of adapter tiles that a CTA has in flight.
         copy_tiles: tiles of a copy, where the layout allows.
     """
 
-    parts: int
+    ctas: int
+    most_parts: int
     stages: int
     copy_tiles: int = 2
 
@@ -66,7 +70,7 @@ def lora_gather(
     tokens = x.shape[0]
     most_slabs = ceil_div(max_rank, SLAB_RANKS)
     line = jnp.int32(layers) if layer is None else layer
-    parts, stages = tuning.parts, tuning.stages
+    stages, blocks = tuning.stages, adapters.work.shape[2]
     widths = (modules.inputs, *modules.outputs)
     unit = min(tuning.copy_tiles, layout.copy_tiles, *map(layout.slab_tiles, widths))
 
@@ -74,14 +78,17 @@ def lora_gather(
         return ceil_div(ceil_div(columns, TILE_COLUMNS), unit)
 
     a_copies, b_copies = copies_of(modules.inputs), [copies_of(n) for n in modules.outputs]
-    a_share, b_shares = ceil_div(a_copies, parts), [ceil_div(n, parts) for n in b_copies]
+    parts = ceil_div(tuning.ctas, blocks * modules.count)
+    parts = max(1, min(parts, tuning.most_parts, max(b_copies)))
+    parts = max(parts, ceil_div(max(b_copies) * unit, MOST_TILES))
+    b_shares = [ceil_div(n, parts) for n in b_copies]
     held = max(min(HELD_TILES // unit, max(b_shares)), 1)  # copies whose outputs are held at a time
     passes = ceil_div(max(b_shares), held)
-    x_tiles, y_tiles = a_share * unit, passes * held * unit
+    x_tiles, y_tiles = a_copies * unit, passes * held * unit
     starts = [sum(modules.outputs[:m]) // TILE for m in range(modules.count)]
-    sizes = sorted({n // TILE % GROUPS for n in modules.outputs} - {0}) + [GROUPS]
+    sizes = [*sorted({n // TILE % GROUPS for n in modules.outputs} - {0}), GROUPS]
 
-    def body(y_gmem, x_gmem, pool_gmem, line_gmem, work, scales, page_list, h_gmem) -> None:
+    def body(y_gmem, x_gmem, pool_gmem, line_gmem, work, scales, page_list) -> None:
         block, module, part = (lax.axis_index(name) for name in ("block", "module", "part"))
         where = line_gmem[0], modules.first + module, block
         token, count, slabs, a_tile, segment = (work[(*where, f)] for f in range(5))
@@ -93,12 +100,11 @@ def lora_gather(
                 chosen = jnp.where(module == m, jnp.int32(value), chosen)
             return chosen
 
-        def run(smem, x_ready, y_ready, ready, free, together) -> None:
-            x_smem, y_smem, tiles, sums_smem, h_smem, spread = smem
-            a_mine = jnp.clip(a_copies - part * a_share, 0, a_share)
+        def run(smem, x_ready, y_ready, ready, free) -> None:
+            x_smem, y_smem, tiles, sums_smem, spread = smem
             b_first = part * of_module(b_shares)
             b_mine = jnp.clip(of_module(b_copies) - b_first, 0, of_module(b_shares))
-            a_steps = slabs * a_mine
+            a_steps = slabs * a_copies
             steps = a_steps + slabs * b_mine
 
             def for_tiles(do: Callable[..., None], otherwise: Callable[[], None]) -> None:
@@ -149,9 +155,9 @@ def lora_gather(
                             fetch(step + slab * copies + u, tile + slab * stride + u * unit)
 
                 for t in range(x_tiles):
-                    groups_of = pl.ds((part * x_tiles + t) * GROUPS, GROUPS)
+                    groups_of = pl.ds(t * GROUPS, GROUPS)
                     plgpu.copy_gmem_to_smem(x_gmem.at[token, groups_of], x_smem.at[t], x_ready)
-                fetch_slabs(0, a_tile + part * a_share * unit, a_stride, a_mine)
+                fetch_slabs(0, a_tile, a_stride, a_copies)
                 for_tiles(
                     lambda row, smem: plgpu.copy_gmem_to_smem(row, smem, y_ready),
                     lambda: plgpu.barrier_arrive(y_ready),
@@ -160,8 +166,6 @@ def lora_gather(
                     here = jnp.clip(b_mine - done, 0, held)
                     first = b_tile + (b_first + done) * unit
                     fetch_slabs(a_steps + done * slabs, first, b_stride, here)
-                if parts > 1:  # long passed: the interpreter wants every warpgroup to see it
-                    plgpu.barrier_wait(together)
 
             def consume(step: Any, multiply: Callable[[Any], None]) -> None:
                 """Waits for a step's tiles, uses them, and lets their place be filled again."""
@@ -174,8 +178,7 @@ def lora_gather(
 
             def compute() -> None:
                 row, column = (
-                    plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), d, layout=WGMMA)
-                    for d in (0, 1)
+                    plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), d, layout=WGMMA) for d in (0, 1)
                 )
                 diagonal = lax.bitwise_and(row, 7) == lax.shift_right_logical(column, 3)
                 narrow_row, narrow_column = (
@@ -197,14 +200,14 @@ def lora_gather(
                 @pl.loop(0, slabs)
                 def _(slab):
                     def products(acc):
-                        @pl.loop(0, a_mine)
+                        @pl.loop(0, a_copies)
                         def _(u):
                             def multiply(stage_tiles):
                                 for t in range(unit):
                                     xs = x_smem.at[u * unit + t].transpose((1, 0))
                                     plgpu.wgmma(acc, stage_tiles.at[pl.ds(t * TILE, TILE)], xs)
 
-                            consume(slab * a_mine + u, multiply)
+                            consume(slab * a_copies + u, multiply)
 
                         return acc[...]
 
@@ -216,25 +219,7 @@ def lora_gather(
                     h = vector(sums_smem.at[pl.ds(0, TILE)])
                     for j in range(1, GROUPS):
                         h += vector(sums_smem.at[pl.ds(SLAB_RANKS * j, TILE)])
-                    if parts == 1:
-                        spread_out(h, slab)
-                    else:
-                        h_smem[...] = h
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(h_smem, h_gmem.at[block, module, slab, part])
-                        # Until it is written, not only read: the barrier orders no stores.
-                        plgpu.wait_smem_to_gmem(0)
-
-                if parts > 1:
-                    plgpu.barrier_arrive(together)
-                    plgpu.barrier_wait(together)
-
-                    @pl.loop(0, slabs)
-                    def _(slab):
-                        h = vector(h_gmem.at[block, module, slab, 0])
-                        for p in range(1, parts):
-                            h += vector(h_gmem.at[block, module, slab, p])
-                        spread_out(h, slab)
+                    spread_out(h, slab)
 
                 plgpu.commit_smem()
                 plgpu.barrier_wait(y_ready)
@@ -285,30 +270,24 @@ def lora_gather(
                     plgpu.SMEM((y_tiles * GROUPS + TILE - GROUPS, TILE), dtype),
                     plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=SWIZZLED),
                     plgpu.SMEM((2 * TILE,), jnp.float32),
-                    plgpu.SMEM((TILE,), jnp.float32),
                     plgpu.SMEM((16 * most_slabs + TILE, TILE), dtype, transforms=SWIZZLED),
                 ),
                 plgpu.Barrier(num_arrivals=x_tiles),
                 plgpu.Barrier(num_arrivals=y_tiles),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
-                plgpu.ClusterBarrier(collective_axes=("part",)),
                 collective_axes="warpgroup",
             )
 
     missing = -x.shape[1] % TILE_COLUMNS  # whole tiles only: there is no TMA box of half a tile
     x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
     result = jax.new_ref(y.reshape(tokens, -1, TILE))
-    blocks = adapters.work.shape[2]
-    h_shape = (blocks, modules.count, most_slabs, parts, TILE) if parts > 1 else (1,)
     pl.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(h_shape, jnp.float32),
+        out_type=(),
         mesh=plgpu.Mesh(
-            grid=(blocks, modules.count),
-            grid_names=("block", "module"),
-            cluster=(parts,),
-            cluster_names=("part",),
+            grid=(blocks, modules.count, parts),
+            grid_names=("block", "module", "part"),
             num_threads=2,
             thread_name="warpgroup",
         ),

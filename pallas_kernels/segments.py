@@ -77,7 +77,8 @@ def with_work(
     """The adapters of a step of at most `tokens` tokens, cut into blocks of at most `block`.
 
     Made once a step for all layers: a kernel finds a block's work in one line of `work`: its first
-    token, tokens, slabs, first tile of A and segment, and in `work_scale` the scale.
+    token, tokens, slabs, first tile of A and segment, and in `work_scale` the scale. Lines without
+    tokens come last.
     """
     segments = length.shape[0]
     count = min(tokens, segments + tokens // block)
@@ -88,6 +89,9 @@ def with_work(
     done = (index - (ends - blocks)[segment]) * block
     first_token = (jnp.cumsum(length) - length)[segment] + done
     size = jnp.clip(length[segment] - done, 0, block)
+    # Most work first: the last ones to start should not be the longest.
+    order = jnp.argsort(jnp.where(size > 0, -rank.sum((1, 2))[segment], 1), stable=True)
+    segment, first_token, size = segment[order], first_token[order], size[order]
     shape = (count, *rank.shape[1:])
     fields = [
         jnp.broadcast_to(first_token[:, None, None], shape),

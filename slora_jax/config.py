@@ -99,6 +99,8 @@ class EngineConfig:
         dtype: of weights, KV cache and adapters. "auto": the checkpoint's on an accelerator,
             float32 on CPU, where XLA computes bfloat16 by way of float32 anyway.
         load_format: "dummy" makes random weights of the true shape on the device.
+        kernel_backend: "mosaic" (Pallas Mosaic GPU, NVIDIA Hopper or later) or "xla" (everywhere);
+            "auto": mosaic where it can run. The environment variable SLORA_BACKEND overrides it.
         page_size: S, tokens of a KV page.
         num_pages: pages of the pool, the reserved one included; None: what the device has room for.
         gpu_memory_utilization: share of the device's memory that weights and pool may take.
@@ -117,6 +119,7 @@ class EngineConfig:
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
+    kernel_backend: Literal["auto", "mosaic", "xla"] = "auto"
     page_size: int = 16
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -166,6 +169,7 @@ class EngineConfig:
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("load_format", ("auto", "dummy")),
+            ("kernel_backend", ("auto", "mosaic", "xla")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")

@@ -5,8 +5,13 @@ Only theirs: pytrees of weights are also made of shapes and specs, which are no 
 """
 
 import importlib.util
+import os
 
 from jaxtyping import install_import_hook
+
+# Mosaic's interpreter has a thread of XLA's pool wait for another one: a pool of as many threads as
+# the machine has cores can deadlock. XLA reads this once, when JAX makes its CPU client.
+os.environ.setdefault("NPROC", "16")
 
 if importlib.util.find_spec("beartype") is not None:
     install_import_hook("pallas_kernels", "beartype.beartype")

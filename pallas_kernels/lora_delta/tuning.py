@@ -4,5 +4,5 @@
 from pallas_kernels.lora_gather import Tuning
 
 TUNING = {
-    "NVIDIA H200": Tuning(parts=1, stages=4),
+    "NVIDIA H200": Tuning(ctas=132, most_parts=4, stages=4),
 }

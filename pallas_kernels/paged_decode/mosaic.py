@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -25,7 +26,7 @@ QUERIES = 2  # items whose queries are in shared memory at once
 ALIGN = 8  # rows of a swizzled tile: TMA reads query heads from multiples of it
 SWIZZLED = (plgpu.TilingTransform((ALIGN, 64)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
-ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors as long as a matrix's rows, columns
+COLUMNS = WGMMA.reduce(0)  # of a vector with one number a column
 
 
 def paged_decode(
@@ -34,8 +35,9 @@ def paged_decode(
     """See `pallas_kernels.paged_decode.paged_decode`.
 
     An item of work is one request and one key/value head, with all its query heads. Items are
-    dealt out to the CTAs; a CTA's loads run ahead of its matmuls, across items too. Where the items
-    are too few to fill the GPU, a cluster of CTAs splits the context of an item.
+    dealt out to the CTAs; a CTA's loads run ahead of its matmuls, across items too. Where requests
+    and heads are too few to fill the GPU, an item is one of several parts of the context, and XLA
+    adds the parts up.
     """
     tuning = tuning or tuned(TUNING)
     batch, heads, head_dim = q.shape
@@ -54,52 +56,63 @@ def paged_decode(
     # Indexed, never flattened: offsets in the pool exceed 32 bits.
     pages = pool.reshape(*pool.shape[:2], 2, layout.kv_heads, layout.page_size, head_dim)
 
-    items = batch * layout.kv_heads
-    splits = _splits(items, page_table.shape[1] * layout.page_size, tuning)
-    clusters = min(items, tuning.ctas // splits)
-    out_type = [jax.ShapeDtypeStruct((batch, layout.kv_heads, group, head_dim), q.dtype)]
+    splits = _splits(batch * layout.kv_heads, page_table.shape[1] * layout.page_size, tuning)
+    ctas = min(batch * layout.kv_heads * splits, tuning.ctas)
+    parts, part_dtype = (batch, layout.kv_heads, splits), q.dtype if splits == 1 else jnp.float32
+    out_type = [jax.ShapeDtypeStruct((*parts, group, head_dim), part_dtype)]
     stages, block = tuning.stages, tuning.block_keys
     scratch = dict(
         q_smem=plgpu.SMEM((QUERIES, window, head_dim), q.dtype, transforms=SWIZZLED),
         kv_smem=plgpu.SMEM((2 * stages, block, head_dim), q.dtype, transforms=SWIZZLED),
         p_smem=plgpu.SMEM((window, block), q.dtype, transforms=SWIZZLED),
-        out_smem=plgpu.SMEM((group, head_dim), q.dtype),
+        out_smem=plgpu.SMEM((group, head_dim), part_dtype),
         q_ready=plgpu.Barrier(num_barriers=QUERIES),
         q_free=plgpu.Barrier(num_barriers=QUERIES),
         kv_ready=plgpu.Barrier(num_arrivals=block // layout.page_size, num_barriers=2 * stages),
         kv_free=plgpu.Barrier(num_barriers=2 * stages),
     )
     if splits > 1:
-        parts = (batch, layout.kv_heads, splits)
-        out_type += [
-            jax.ShapeDtypeStruct((*parts, group, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, window), jnp.float32),
-        ]
-        scratch |= dict(
-            part_smem=plgpu.SMEM((group, head_dim), jnp.float32),
-            mass_smem=plgpu.SMEM((window,), jnp.float32),
-            split_done=plgpu.ClusterBarrier(collective_axes=("split",)),
-        )
-    out, *_ = plgpu.kernel(
-        partial(_kernel, layout=layout, tuning=tuning, clusters=clusters, splits=splits),
+        out_type.append(jax.ShapeDtypeStruct((*parts, window), jnp.float32))
+        scratch["mass_smem"] = plgpu.SMEM((window,), jnp.float32)
+    out, *mass = plgpu.kernel(
+        partial(_kernel, layout=layout, tuning=tuning, ctas=ctas, splits=splits),
         out_type=out_type,
         scratch_types=scratch,
-        grid=(clusters,),
-        grid_names=("cluster",),
-        cluster=(splits,),
-        cluster_names=("split",),
+        grid=(ctas,),
+        grid_names=("cta",),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
     )(q, pages, layer.reshape(1), page_table, context_len)
+    if splits > 1:
+        out = _sum_parts(out, *mass, rows=q.shape[1]).astype(q.dtype)
     return out.reshape(batch, heads, head_dim)
 
 
 def _splits(items: int, most_keys: int, tuning: Tuning) -> int:
-    """CTAs that share an item: a power of two, as many as the GPU has room for."""
-    most = min(tuning.max_splits, tuning.ctas // items, ceil_div(most_keys, tuning.block_keys))
+    """Parts of the context: a power of two, as many as the GPU has room for at once."""
+    most = min(tuning.max_splits, tuning.resident // items, ceil_div(most_keys, tuning.block_keys))
     return 1 << max(most, 1).bit_length() - 1
+
+
+def _sum_parts(out, mass, rows: int):
+    """Parts of the context, `[B, K, splits, G, D]`, weighed by their share of the softmax."""
+    group, window = out.shape[3], mass.shape[3]
+    first = np.arange(out.shape[1]) * group
+    place = first - _aligned(first, rows, window)  # of the group among the columns of `mass`
+    columns = np.broadcast_to((place[:, None] + np.arange(group))[None, :, None], out.shape[:4])
+    mass = jnp.take_along_axis(mass, columns, axis=3)
+    most = jnp.maximum(mass.max(axis=2, keepdims=True), jnp.finfo(jnp.float32).min)
+    weight = jnp.exp2(mass - most)
+    weight /= jnp.maximum(weight.sum(axis=2, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return (out * weight[..., None]).sum(axis=2)
+
+
+def _aligned(first, rows: int, window: int):
+    """Where to read query heads from, of `rows`, to have those from `first` on."""
+    xp = np if isinstance(first, np.ndarray) else jnp
+    return xp.minimum(first - first % ALIGN, rows - window)
 
 
 class _Item(NamedTuple):
@@ -107,6 +120,7 @@ class _Item(NamedTuple):
 
     request: jax.Array
     head: jax.Array
+    split: jax.Array  # part of the context
     length: jax.Array  # of the context
     first: jax.Array  # the CTA's steps of `block_keys` keys: first ... last - 1
     last: jax.Array
@@ -116,36 +130,38 @@ class _Item(NamedTuple):
     def window(self, rows: int, window: int, group: int) -> tuple[jax.Array, jax.Array]:
         """Where to read the query heads from, of `rows`, and the group's place among them."""
         start = self.head * group
-        aligned = jnp.minimum(start - lax.rem(start, jnp.int32(ALIGN)), rows - window)
+        aligned = _aligned(start, rows, window)
         return pl.multiple_of(aligned, ALIGN), start - aligned
 
 
-def _kernel(q, pages, layer, table, context, out, *parts, layout, tuning, clusters, splits, **smem):
+def _kernel(q, pages, layer, table, context, out, *mass, layout, tuning, ctas, splits, **smem):
     """Body of one warpgroup; refs in GMEM, see `paged_decode` for their shapes."""
-    warpgroup, cluster, split = (lax.axis_index(n) for n in ("warpgroup", "cluster", "split"))
-    items, kv_heads = q.shape[0] * layout.kv_heads, jnp.int32(layout.kv_heads)
-    static = dict(rows=q.shape[1], group=out.shape[2], tuning=tuning)
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    items = q.shape[0] * layout.kv_heads * splits
+    static = dict(rows=q.shape[1], group=out.shape[3], tuning=tuning)
 
     def each_item(body):
         """Calls `body` for each item; returns how many there were, and steps."""
 
         def one(dealt, done):
-            index = cluster + dealt * clusters
-            request, head = lax.div(index, kv_heads), lax.rem(index, kv_heads)
+            index = cta + dealt * ctas
+            split, index = lax.rem(index, jnp.int32(splits)), lax.div(index, jnp.int32(splits))
+            head = lax.rem(index, jnp.int32(layout.kv_heads))
+            request = lax.div(index, jnp.int32(layout.kv_heads))
             length = context[request]
             steps = lax.div(length + (tuning.block_keys - 1), jnp.int32(tuning.block_keys))
             first, last = jnp.int32(0), steps
             if splits > 1:
                 first, last = (lax.div(steps * s, jnp.int32(splits)) for s in (split, split + 1))
-            body(_Item(request, head, length, first, last, dealt, done))
+            body(_Item(request, head, split, length, first, last, dealt, done))
             return done + last - first
 
-        count = lax.div(items - cluster + (clusters - 1), jnp.int32(clusters))
+        count = lax.div(items - cta + (ctas - 1), jnp.int32(ctas))
         return count, lax.fori_loop(0, count, one, jnp.int32(0))
 
     @pl.when(warpgroup == 0)
     def _():
-        each_item(partial(_compute, out, parts, smem, split, splits=splits, **static))
+        each_item(partial(_compute, out, mass, smem, **static))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
@@ -214,12 +230,12 @@ def _load(q, pages, layer, table, smem, item, *, rows, group, tuning):
     lax.fori_loop(item.first, item.last, load, page)
 
 
-def _compute(out, parts, smem, split, item, *, splits, rows, group, tuning):
-    """Attention of an item's query heads over the CTA's steps of it."""
+def _compute(out, mass, smem, item, *, rows, group, tuning):
+    """Attention of an item's query heads over its part of the context."""
     q_smem, kv_smem, p_smem = (smem[k] for k in ("q_smem", "kv_smem", "p_smem"))
     ready, free = smem["kv_ready"], smem["kv_free"]
     keys, stages, depth = tuning.block_keys, jnp.int32(tuning.stages), kv_smem.shape[2]
-    window, dtype, tiny = p_smem.shape[0], out.dtype, jnp.finfo(jnp.float32).tiny
+    window, dtype, tiny = p_smem.shape[0], q_smem.dtype, jnp.finfo(jnp.float32).tiny
     scale = math.log2(math.e) / math.sqrt(depth)  # exp2 is the instruction that the GPU has
     q_slot = lax.rem(item.dealt, jnp.int32(QUERIES))
     _, place = item.window(rows, window, group)
@@ -272,54 +288,19 @@ def _compute(out, parts, smem, split, item, *, splits, rows, group, tuning):
     total = total.sum(axis=0)
     acc *= wide(1 / jnp.maximum(total, tiny), acc)  # without keys 0, not 0 / 0
     column = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=WGMMA)
-
-    def output(g):
-        return jnp.where(column == place + g, acc, 0).sum(axis=1)
-
-    out_smem, out_gmem = smem["out_smem"], out.at[item.request, item.head]
+    out_smem, where = smem["out_smem"], (item.request, item.head, item.split)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left `out_smem`
-    if splits == 1:
-
-        @pl.loop(0, group)
-        def _(g):
-            out_smem[g] = output(g).astype(dtype)
-
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_gmem)
-        return
-
-    # A copy by TMA is over when it is waited for; a plain store might still be on its way when the
-    # others hear of it through the barrier.
-    part_smem, mass_smem = smem["part_smem"], smem["mass_smem"]
 
     @pl.loop(0, group)
     def _(g):
-        part_smem[g] = output(g)
+        out_smem[g] = jnp.where(column == place + g, acc, 0).sum(axis=1).astype(out.dtype)
 
-    mass_smem[...] = top + jnp.log2(total)
-    plgpu.commit_smem()
-    part_gmem, mass_gmem = (ref.at[item.request, item.head] for ref in parts)
-    plgpu.copy_smem_to_gmem(part_smem, part_gmem.at[split])
-    plgpu.copy_smem_to_gmem(mass_smem, mass_gmem.at[split])
-    plgpu.wait_smem_to_gmem(0)
-    plgpu.barrier_arrive(smem["split_done"])
-    plgpu.barrier_wait(smem["split_done"])
-
-    @pl.loop(0, lax.div(group - split + (splits - 1), jnp.int32(splits)))
-    def _(i):
-        g = split + i * splits
-        masses = [mass_gmem[s, place + g] for s in range(splits)]
-        most = jnp.finfo(jnp.float32).min
-        for mass in masses:
-            most = jnp.maximum(most, mass)
-        weights = [jnp.exp2(mass - most) for mass in masses]
-        row = 0.0
-        for s, weight in enumerate(weights):
-            row += weight * plgpu.load(part_gmem.at[s, g], layout=ROWS, optimized=False)
-        row /= jnp.maximum(sum(weights), tiny)
-        out_smem[g] = row.astype(dtype)
+    for mass_gmem in mass:  # only where the context has parts
+        smem["mass_smem"][...] = top + jnp.log2(total)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[g], out_gmem.at[g])
+        plgpu.copy_smem_to_gmem(smem["mass_smem"], mass_gmem.at[where])
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out.at[where])
 
 
 def _zero_rows(matrix, first):

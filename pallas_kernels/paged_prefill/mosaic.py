@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.backend import tuned
+from pallas_kernels.backend import interpreted, tuned
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.paged_prefill.items import ALIGN, Item, work_items
 from pallas_kernels.paged_prefill.tuning import TUNING, Tuning
@@ -31,7 +31,6 @@ def paged_prefill(
     *,
     layout: PageLayout,
     tuning: Tuning | None = None,
-    interpret: bool = False,
 ):
     """See `pallas_kernels.paged_prefill.paged_prefill`.
 
@@ -39,10 +38,6 @@ def paged_prefill(
     its query heads: keys and values are read once for the group. The row of a warpgroup's tile is
     `tokens * g + t` for head g of the group and token t. Items are sorted by length and dealt out
     to the CTAs; a CTA's loads run ahead of its matmuls, across items too.
-
-    Args:
-        interpret: P of the second matmul passes through shared memory, since Mosaic's interpreter
-            knows no wgmma on registers; the GPU keeps it in registers.
     """
     tokens, heads, head_dim = q.shape
     tuning = tuning or tuned(TUNING)
@@ -54,7 +49,7 @@ def paged_prefill(
     pages = pool.reshape(
         *pool.shape[:2], 2, layout.kv_heads, layout.page_size, layout.head_dim
     )  # indexed, never flattened: offsets in the pool exceed 32 bits
-    body = partial(_kernel, tile=tile, layout=layout, tuning=tuning, interpret=interpret)
+    body = partial(_kernel, tile=tile, layout=layout, tuning=tuning, interpret=interpreted())
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((tokens, heads, head_dim), q.dtype),

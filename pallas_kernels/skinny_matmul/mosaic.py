@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.backend import tuned
+from pallas_kernels.backend import interpreted, tuned
 from pallas_kernels.layout import ceil_div
 from pallas_kernels.skinny_matmul import reference
 from pallas_kernels.skinny_matmul.tuning import TUNING, Plan
@@ -30,7 +30,7 @@ SWIZZLED = (plgpu.TilingTransform((TOKENS, 64)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
 
 
-def skinny_matmul(x, weight, *, plan: Plan | None = None, interpret: bool = False):
+def skinny_matmul(x, weight, *, plan: Plan | None = None):
     """See `pallas_kernels.skinny_matmul.skinny_matmul`.
 
     Other shapes than these are left to the reference: 1 to 128 tokens, inputs and outputs that are
@@ -39,8 +39,6 @@ def skinny_matmul(x, weight, *, plan: Plan | None = None, interpret: bool = Fals
 
     Args:
         plan: how to deal out W; None: as tuned.
-        interpret: clusters exchange through memory, since Mosaic's interpreter knows no stores into
-            the shared memory of another CTA.
     """
     (tokens, inputs), outputs = x.shape, weight.shape[0]
     plan = plan or tuned(TUNING).plan(tokens, outputs, inputs)
@@ -48,7 +46,7 @@ def skinny_matmul(x, weight, *, plan: Plan | None = None, interpret: bool = Fals
         return reference.skinny_matmul(x, weight)
     if tokens > TOKENS and tokens % TOKENS:
         padded = jnp.pad(x, ((0, -tokens % TOKENS), (0, 0)))
-        return skinny_matmul(padded, weight, plan=plan, interpret=interpret)[:tokens]
+        return skinny_matmul(padded, weight, plan=plan)[:tokens]
 
     groups, split, dtype = plan.rows // ROWS, plan.split, x.dtype
     tiles, stages, step = ceil_div(outputs, plan.rows), plan.stages(tokens), plan.step
@@ -65,7 +63,9 @@ def skinny_matmul(x, weight, *, plan: Plan | None = None, interpret: bool = Fals
     if split > 1:
         swizzle = plgpu.find_swizzle(share * 32)
         swizzled = plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle)
-        through_memory = interpret or plan.through_memory
+        # The interpreter knows no stores into another CTA's shared memory. On an H200 the way
+        # through memory gave stale sums: a cluster's barrier orders no stores to memory.
+        through_memory = interpreted()
         parts = (groups, shares if through_memory else split, ROWS, share)
         scratch["parts_smem"] = plgpu.SMEM(parts, jnp.float32, transforms=swizzled)
         if through_memory:

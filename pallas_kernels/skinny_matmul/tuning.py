@@ -23,8 +23,6 @@ class Plan:
         step: inputs of a step, a multiple of 64.
         stagger: tiles begin at different inputs, so that not all CTAs ask for the same columns of x
             at once, and for addresses of W that are one power of two apart.
-        through_memory: the CTAs of a cluster exchange their sums through memory (the L2 cache), not
-            by stores into each other's shared memory.
     """
 
     rows: int
@@ -32,7 +30,6 @@ class Plan:
     most_stages: int = 16
     step: int = 64
     stagger: bool = False
-    through_memory: bool = False
 
     def share(self, tokens: int) -> int:
         """Tokens whose sums each CTA of a cluster finishes; the last ones may have fewer, or none.

@@ -25,6 +25,7 @@ _ENGINE_HELP: Mapping[str, str] = {
     "max_num_seqs": "most requests in a batch",
     "max_num_batched_tokens": "most tokens of a step; longer prompts are cut in chunks",
     "decode_batch_sizes": "batch sizes to compile for, up to max-num-seqs (default: powers of two)",
+    "kernel_backend": "mosaic: Pallas kernels for NVIDIA Hopper; xla: everywhere",
     "max_loras": "most adapters in the pool at once",
     "max_lora_rank": "largest rank of an adapter",
     "max_logprobs": "most log-probabilities a position that may be asked for; -1: all",

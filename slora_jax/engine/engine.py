@@ -2,6 +2,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.backend import choose_backend
 from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.peft import AdapterError
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore
-from slora_jax.config import EngineConfig, ModelConfig
+from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
 from slora_jax.core import (
     EngineDeadError,
     Request,
@@ -32,6 +34,8 @@ from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -67,9 +71,7 @@ class Engine:
             weights = dummy_weights(self.config, dtype, self.options.seed)
         else:
             weights = load_weights(model_dir, self.config, dtype, progress=progress)
-        layout = PageLayout(
-            self.config.num_key_value_heads, self.config.head_dim, self.options.page_size
-        )
+        layout = _layout(self.config, self.options)
         if self.options.num_pages is None:
             pages = pool_pages(weights, self.config, self.options, layout)
             self.options = replace(self.options, num_pages=pages)
@@ -334,7 +336,18 @@ def _resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
             f"max_model_len is {options.max_model_len}; the model's max_position_embeddings is "
             f"{longest}"
         )
-    return replace(options, max_model_len=options.max_model_len or longest)
+    backend = choose_backend(
+        options.kernel_backend,
+        dtype=options.dtype,
+        layout=_layout(config, options),
+        widths=[width for name in LAYER_MODULES for width in config.projection_shape(name)],
+    )
+    logger.info("the kernels' backend is %s", backend)
+    return replace(options, max_model_len=options.max_model_len or longest, kernel_backend=backend)
+
+
+def _layout(config: ModelConfig, options: EngineConfig) -> PageLayout:
+    return PageLayout(config.num_key_value_heads, config.head_dim, options.page_size)
 
 
 def _keep_compiled_programs(directory: str | None) -> None:

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import PageLayout
 from pallas_kernels.backend import Backend
-from slora_jax.config import ModelConfig
+from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
 from slora_jax.engine import sampler
 from slora_jax.model.inputs import Bucket, StepInputs, resolve_tokens
 from slora_jax.model.llama import Lora, LoraMode, LoraTables, forward, head
 from slora_jax.model.weights import LlamaWeights
 
+PROMPT_BLOCK = 64  # tokens that LoRA takes together where there are prompts
 HEAD_ROWS = 64  # rows of logits that exist at once when a prompt's log-probabilities are asked for
 
 
@@ -34,6 +35,13 @@ class StepShape:
     config: ModelConfig = struct.field(pytree_node=False)
     layout: PageLayout = struct.field(pytree_node=False)
     backend: Backend = struct.field(pytree_node=False, default="xla")
+    adapted: frozenset[str] = struct.field(pytree_node=False, default=frozenset(LAYER_MODULES))
+
+
+def resolved_backend(options: EngineConfig) -> Backend:
+    """The backend that an engine has chosen; "auto" is not one."""
+    assert options.kernel_backend != "auto"
+    return options.kernel_backend
 
 
 def _lora(shape: StepShape, tables: LoraTables, inputs: StepInputs) -> Lora | None:
@@ -44,9 +52,11 @@ def _lora(shape: StepShape, tables: LoraTables, inputs: StepInputs) -> Lora | No
         inputs.segment_slot,
         inputs.segment_tokens,
         shape.bucket.tokens,
+        block=1 if shape.decode else PROMPT_BLOCK,
         max_rank=shape.max_rank,
         layout=shape.layout,
         backend=shape.backend,
+        adapted=shape.adapted,
     )
 
 
@@ -83,12 +93,13 @@ def model_step(
         layout=shape.layout,
         decode=shape.decode,
         lora_mode=shape.lora_mode,
+        backend=shape.backend,
     )
     last = hidden.at[inputs.query_start + inputs.query_len - 1].get(mode="clip")
     if lora is not None:
         rows = shape.bucket.rows
-        lora = lora.over(inputs.segment_rows, rows) if shape.lora_mode == "all" else None
-    return head(weights, last, pool, lora, shape.config), hidden, pool, page_table
+        lora = lora.over(inputs.segment_rows, rows, 1) if shape.lora_mode == "all" else None
+    return head(weights, last, pool, lora, shape.config, shape.backend), hidden, pool, page_table
 
 
 @partial(jax.jit, static_argnames=("shape", "k"))
@@ -116,9 +127,9 @@ def prompt_logprobs(
         part = lora
         if part is not None:
             inside = jnp.clip(ends, first, first + rows)
-            part = part.over(jnp.diff(inside, prepend=first), rows)
+            part = part.over(jnp.diff(inside, prepend=first), rows, 1)
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, rows)
-        logits = head(weights, chunk, pool, part, shape.config)
+        logits = head(weights, chunk, pool, part, shape.config, shape.backend)
         return sampler.logprobs(logits, jax.lax.dynamic_slice_in_dim(targets, first, rows), k)
 
     chunks = jax.lax.map(some_rows, jnp.arange(0, tokens, rows))

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.pack import PackedAdapter
-from slora_jax.config import EngineConfig, ModelConfig
+from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
 from slora_jax.core import Install, Request, StepPlan
 from slora_jax.engine import programs
 from slora_jax.engine.packing import (
@@ -30,7 +30,7 @@ from slora_jax.engine.packing import (
     penalties,
     sampling,
 )
-from slora_jax.engine.programs import StepShape
+from slora_jax.engine.programs import StepShape, resolved_backend
 from slora_jax.engine.sampler import Logprobs, TokenCounts
 from slora_jax.engine.state import new_state
 from slora_jax.model.inputs import Bucket
@@ -78,8 +78,15 @@ class ModelRunner:
         self._counts: TokenCounts | None = None  # made when the first request has penalties
         self._vocab = config.vocab_size
         self._shape = StepShape(
-            Bucket(0, 0, 0, 0), False, "none", options.max_lora_rank, config, layout
+            Bucket(0, 0, 0, 0),
+            False,
+            "none",
+            options.max_lora_rank,
+            config,
+            layout,
+            backend=resolved_backend(options),
         )
+        self._adapted: frozenset[str] = frozenset()  # modules that some adapter so far has had
         self._buckets = buckets_of(options)
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
         self._compiled: set[str] = set()
@@ -91,11 +98,13 @@ class ModelRunner:
         for request in plan.started:
             if request.params.penalized:
                 self._start_counting(request)
+        lora_mode = self._lora_mode(plan)
         shape = replace(
             self._shape,
             bucket=self._buckets.of(plan),
             decode=plan.decode_only,
-            lora_mode=self._lora_mode(plan),
+            lora_mode=lora_mode,
+            adapted=frozenset() if lora_mode == "none" else self._adapted,
         )
         packed = jnp.asarray(pack_step(plan, shape.bucket, self._options.max_num_seqs))
         with self._announced(_describe(shape)):
@@ -133,6 +142,8 @@ class ModelRunner:
         self._outer.discard(install.adapter_slot)
         if packed.rank[-1].any():
             self._outer.add(install.adapter_slot)
+        adapted = packed.rank[:-1].any(axis=0)
+        self._adapted |= {n for n, yes in zip(LAYER_MODULES, adapted, strict=True) if yes}
 
     def _lora_mode(self, plan: StepPlan) -> LoraMode:
         slots = {row.adapter_slot for row in plan.rows} - {None}
@@ -236,4 +247,5 @@ def _describe(shape: StepShape) -> str:
     kind = "decode" if shape.decode else "mixed"
     lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
     tokens, rows = shape.bucket.tokens, shape.bucket.rows
-    return f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}"
+    modules = f" ({', '.join(sorted(shape.adapted))})" if shape.adapted else ""
+    return f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}{modules}"

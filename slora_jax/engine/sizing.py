@@ -12,7 +12,7 @@ from pallas_kernels.layout import PageLayout, ceil_div
 from slora_jax.adapters.pack import most_pages
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.engine.packing import buckets_of
-from slora_jax.engine.programs import StepShape, model_step
+from slora_jax.engine.programs import StepShape, model_step, resolved_backend
 from slora_jax.engine.sampler import TokenCounts
 from slora_jax.engine.state import new_state
 from slora_jax.model.inputs import StepInputs
@@ -102,7 +102,8 @@ def _step_temporaries(
     The largest step's temporaries and results, and the penalties' counts, should a request ask.
     """
     bucket = buckets_of(options).largest
-    shape = StepShape(bucket, False, "all", options.max_lora_rank, config, layout)
+    backend = resolved_backend(options)
+    shape = StepShape(bucket, False, "all", options.max_lora_rank, config, layout, backend)
     options = replace(options, num_pages=1024)
     dtype = weights.embed_tokens.dtype
     state = jax.eval_shape(lambda: new_state(config, options, layout, dtype))

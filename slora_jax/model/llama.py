@@ -57,6 +57,7 @@ class Lora:
     max_rank: int = struct.field(pytree_node=False)
     layout: PageLayout = struct.field(pytree_node=False)
     backend: Backend = struct.field(pytree_node=False)
+    adapted: frozenset[str] = struct.field(pytree_node=False)  # modules that any adapter has
 
     @classmethod
     def of(
@@ -65,21 +66,18 @@ class Lora:
         slot: Int[Array, " G"],
         length: Int[Array, " G"],
         tokens: int,
-        *,
-        max_rank: int,
-        layout: PageLayout,
-        backend: Backend,
+        block: int,
+        **static: Any,
     ) -> "Lora":
         """Runs of `length` tokens, of `tokens` in all, on the adapters in slots `slot`."""
         lines = tables.pages[slot], tables.rank[slot], tables.first_tile[slot], tables.scale[slot]
-        adapters = with_work(length, *lines, tokens=tokens)
-        return cls(adapters, max_rank=max_rank, layout=layout, backend=backend)
+        return cls(with_work(length, *lines, tokens=tokens, block=block), **static)
 
-    def over(self, length: Int[Array, " G"], tokens: int) -> "Lora":
+    def over(self, length: Int[Array, " G"], tokens: int, block: int) -> "Lora":
         """The same adapters over other tokens."""
         old = self.adapters
         lines = old.pages, old.rank, old.first_tile, old.scale
-        return replace(self, adapters=with_work(length, *lines, tokens=tokens))
+        return replace(self, adapters=with_work(length, *lines, tokens=tokens, block=block))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -102,10 +100,11 @@ def project(
     lora: Lora | None,
     names: tuple[str, ...],
     config: ModelConfig,
+    backend: Backend,
 ) -> Float[Array, "T O"]:
     """The fused projection `names`, with each token's own adapter added."""
-    y = linear(x)
-    if lora is None:
+    y = linear(x, backend)
+    if lora is None or lora.adapted.isdisjoint(names):
         return y
     outputs = tuple(config.projection_shape(name)[1] for name in names)
     modules = Modules(LAYER_MODULES.index(names[0]), x.shape[1], outputs)
@@ -124,6 +123,7 @@ class Attention:
     sin: Float[Array, "T D/2"]
     layout: PageLayout = struct.field(pytree_node=False)
     decode: bool = struct.field(pytree_node=False)  # every row is one token: T = B
+    backend: Backend = struct.field(pytree_node=False)
 
     def __call__(
         self,
@@ -133,13 +133,14 @@ class Attention:
         heads: int,
     ) -> tuple[Float[Array, "T H D"], Float[Array, "L P elems"]]:
         """Stores the new keys and values, then attends over all of each request's."""
+        static: Any = {"layout": self.layout, "backend": self.backend}
         where = self.cos, self.sin, self.page, self.offset
-        q, pool = rope_kv_write(pool, layer, qkv, *where, heads=heads, layout=self.layout)
+        q, pool = rope_kv_write(pool, layer, qkv, *where, heads=heads, **static)
         step, table = self.inputs, self.page_table
         if self.decode:
-            return paged_decode(q, pool, layer, table, step.context_len, layout=self.layout), pool
+            return paged_decode(q, pool, layer, table, step.context_len, **static), pool
         spans = step.query_start, step.query_len, step.context_len
-        return paged_prefill(q, pool, layer, table, *spans, layout=self.layout), pool
+        return paged_prefill(q, pool, layer, table, *spans, **static), pool
 
 
 @partial(jax.jit, static_argnames="config")
@@ -154,7 +155,8 @@ def decoder_layer(
 ) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
     """One layer. Jitted, with the layer's number traced: L layers are traced and lowered once."""
     tokens = x.shape[0]
-    linear = partial(project, pool=pool, layer=layer, lora=lora, config=config)
+    static: Any = {"config": config, "backend": attention.backend}
+    linear = partial(project, pool=pool, layer=layer, lora=lora, **static)
 
     z = rms_norm(x, weights.input_norm, config.rms_norm_eps)
     qkv = linear(weights.qkv, z, names=("q_proj", "k_proj", "v_proj"))
@@ -192,10 +194,11 @@ def head(
     pool: Float[Array, "L P elems"],
     lora: Lora | None,
     config: ModelConfig,
+    backend: Backend,
 ) -> Float[Array, "n V"]:
     """Logits in float32; `lora` where some adapter of the step adapts `lm_head`."""
     lm_head = weights.lm_head or Linear(weights.embed_tokens)
-    logits = lm_head(hidden)
+    logits = lm_head(hidden, backend)
     if lora is not None:
         modules = _outer("lm_head", config)
         logits = lora_delta(
@@ -216,6 +219,7 @@ def forward(
     layout: PageLayout,
     decode: bool,
     lora_mode: LoraMode,
+    backend: Backend,
 ) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
     """The final hidden states of a step's tokens, and the pool with their keys and values."""
     rows = page_table.at[inputs.slot].get(mode="clip")
@@ -232,6 +236,7 @@ def forward(
         sin=sin,
         layout=layout,
         decode=decode,
+        backend=backend,
     )
     x = embed(weights, tokens, pool, lora if lora_mode == "all" else None, config)
     for number, layer in enumerate(weights.layers):

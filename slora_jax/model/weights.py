@@ -5,6 +5,9 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float
 
+from pallas_kernels import FEW_TOKENS, skinny_matmul
+from pallas_kernels.backend import Backend
+
 
 @struct.dataclass
 class Linear:
@@ -14,8 +17,11 @@ class Linear:
     bias: Float[Array, " O"] | None = None
     scale: Float[Array, " O"] | None = None
 
-    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-        y = jax.lax.dot_general(x, self.weight, (((1,), (1,)), ((), ())))
+    def __call__(self, x: Float[Array, "T I"], backend: Backend = "xla") -> Float[Array, "T O"]:
+        if x.shape[0] <= FEW_TOKENS:
+            y = skinny_matmul(x, self.weight, backend=backend)
+        else:
+            y = jax.lax.dot_general(x, self.weight, (((1,), (1,)), ((), ())))
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias

@@ -20,6 +20,16 @@ def rounded(x) -> np.ndarray:
     return np.asarray(x).astype(jnp.bfloat16).astype(np.float32)
 
 
+TOLERANCE = {jnp.dtype(jnp.float32): 2e-6, jnp.dtype(jnp.bfloat16): 4e-3}  # relative
+
+
+def assert_close(got, want: np.ndarray) -> None:
+    """As close to float64's result as the dtype allows; what ought to be 0 is, exactly."""
+    error = np.linalg.norm(np.asarray(got, np.float64) - want)
+    assert error <= TOLERANCE[got.dtype] * np.linalg.norm(want)  # NaN is not
+    np.testing.assert_array_equal(got[want == 0], 0)
+
+
 class Pages:
     """A NaN-filled pool and its free pages in random order."""
 
