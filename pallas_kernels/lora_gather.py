@@ -26,14 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.mosaic import COLUMNS, accumulator, iota, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
 MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
 HELD_TILES = 2  # of outputs that a CTA sums in registers at a time: 32 registers a tile
-SWIZZLED = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
-WGMMA = plgpu.Layout.WGMMA
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +175,9 @@ def lora_gather(
                 pl.when(step + stages < steps)(lambda: plgpu.barrier_arrive(free.at[stage]))
 
             def compute() -> None:
-                row, column = (
-                    plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), d, layout=WGMMA) for d in (0, 1)
-                )
+                row, column = (iota(TILE, TILE, d) for d in (0, 1))
                 diagonal = lax.bitwise_and(row, 7) == lax.shift_right_logical(column, 3)
-                narrow_row, narrow_column = (
-                    plgpu.broadcasted_iota(jnp.int32, (TILE, 8), d, layout=WGMMA) for d in (0, 1)
-                )
+                narrow_row, narrow_column = (iota(TILE, 8, d) for d in (0, 1))
                 own = lax.shift_right_logical(narrow_row, 3) == narrow_column
 
                 def spread_out(h: jax.Array, slab: Any) -> None:
@@ -211,7 +205,7 @@ def lora_gather(
 
                         return acc[...]
 
-                    acc = pl.run_scoped(products, plgpu.ACC((TILE, 8), jnp.float32))
+                    acc = pl.run_scoped(products, accumulator(TILE, 8))
                     sums = jnp.where(own, acc, 0.0).sum(axis=1)
                     # Twice in a row: the sum over j comes out 8 times over, by 8 moved loads.
                     sums_smem[pl.ds(0, TILE)] = sums
@@ -247,7 +241,7 @@ def lora_gather(
 
                         return [acc[...] for acc in accs]
 
-                    accumulators = [plgpu.ACC((TILE, TILE), jnp.float32)] * (held * unit)
+                    accumulators = [accumulator(TILE, TILE)] * (held * unit)
                     for t, delta in enumerate(pl.run_scoped(products, *accumulators)):
                         ys = y_smem.at[pl.ds((done * unit + t) * GROUPS, TILE)]
                         old = ys[...]
@@ -266,11 +260,11 @@ def lora_gather(
             pl.run_scoped(
                 run,
                 (
-                    plgpu.SMEM((x_tiles, 8, TILE), dtype, transforms=SWIZZLED),
+                    plgpu.SMEM((x_tiles, 8, TILE), dtype, transforms=swizzled()),
                     plgpu.SMEM((y_tiles * GROUPS + TILE - GROUPS, TILE), dtype),
-                    plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=SWIZZLED),
+                    plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=swizzled()),
                     plgpu.SMEM((2 * TILE,), jnp.float32),
-                    plgpu.SMEM((16 * most_slabs + TILE, TILE), dtype, transforms=SWIZZLED),
+                    plgpu.SMEM((16 * most_slabs + TILE, TILE), dtype, transforms=swizzled()),
                 ),
                 plgpu.Barrier(num_arrivals=x_tiles),
                 plgpu.Barrier(num_arrivals=y_tiles),

@@ -74,7 +74,7 @@ def with_work(
     tokens: int,
     block: int = MOST_TOKENS,
 ) -> Adapters:
-    """The adapters of a step of at most `tokens` tokens, cut into blocks of at most `block`.
+    """The adapters of a step of at most `tokens` tokens, cut at multiples of `block`.
 
     Made once a step for all layers: a kernel finds a block's work in one line of `work`: its first
     token, tokens, slabs, first tile of A and segment, and in `work_scale` the scale. Lines without
@@ -82,13 +82,15 @@ def with_work(
     """
     segments = length.shape[0]
     count = min(tokens, segments + tokens // block)
-    blocks = ceil_div(length, block)
-    ends = jnp.cumsum(blocks)
-    index = jnp.arange(count)
+    end = jnp.cumsum(length)
+    start = end - length
+    blocks = jnp.where(length > 0, ceil_div(end, block) - start // block, 0)
+    ends, index = jnp.cumsum(blocks), jnp.arange(count)
     segment = jnp.minimum((index[:, None] >= ends).sum(1), segments - 1)
-    done = (index - (ends - blocks)[segment]) * block
-    first_token = (jnp.cumsum(length) - length)[segment] + done
-    size = jnp.clip(length[segment] - done, 0, block)
+    window = (start[segment] // block + index - (ends - blocks)[segment]) * block
+    first_token = jnp.maximum(start[segment], window)
+    size = jnp.minimum(end[segment], window + block) - first_token
+    size = jnp.where(index < ends[-1], size, 0)
     # Most work first: the last ones to start should not be the longest.
     order = jnp.argsort(jnp.where(size > 0, -rank.sum((1, 2))[segment], 1), stable=True)
     segment, first_token, size = segment[order], first_token[order], size[order]

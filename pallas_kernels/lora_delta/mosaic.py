@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora_delta` on Mosaic GPU: both halves of `lora_mosaic` in one launch."""
+"""`lora_delta` on Mosaic GPU: one launch for single tokens, two where many share an adapter."""
+
+from dataclasses import replace
 
 from pallas_kernels.backend import tuned
 from pallas_kernels.layout import TILE, PageLayout
 from pallas_kernels.lora_delta import reference
-from pallas_kernels.lora_delta.tuning import TUNING
+from pallas_kernels.lora_delta.tuning import EXPAND, GATHER, SHRINK
 from pallas_kernels.lora_gather import lora_gather
+from pallas_kernels.lora_grouped import grouped_shrink
+from pallas_kernels.lora_grouped_expand import grouped_expand
 from pallas_kernels.segments import Modules
 
 
 def lora_delta(x, y, pool, layer, adapters, *, modules: Modules, max_rank: int, layout: PageLayout):
     """See `pallas_kernels.lora_delta.lora_delta`; odd widths are left to the reference."""
+    where = pool, layer, adapters
+    static = {"modules": modules, "max_rank": max_rank, "layout": layout}
     if any(width % TILE for width in (modules.inputs, *modules.outputs)):
-        return reference.lora_delta(
-            x, y, pool, layer, adapters, modules=modules, max_rank=max_rank, layout=layout
-        )
-    return lora_gather(
-        x,
-        y,
-        pool,
-        layer,
-        adapters,
-        modules=modules,
-        max_rank=max_rank,
-        layout=layout,
-        tuning=tuned(TUNING),
-    )
+        return reference.lora_delta(x, y, *where, **static)
+    if adapters.block == 1:
+        return lora_gather(x, y, *where, **static, tuning=tuned(GATHER))
+    h = grouped_shrink(x, *where, **static, tuning=tuned(SHRINK))
+    expand = tuned(EXPAND)
+    if max_rank > 64:  # h of all its slabs takes the place of a stage
+        expand = replace(expand, y_stages=2, b_stages=2)
+    return grouped_expand(y, h, *where, **static, tuning=expand)

@@ -8,7 +8,7 @@ rows that wgmma asks for are keys, or D, and the few query heads of a group are 
 import itertools
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import tuned
 from pallas_kernels.layout import PageLayout, ceil_div, round_up
+from pallas_kernels.mosaic import ALIGN, COLUMNS, WGMMA, accumulator, iota, swizzled
 from pallas_kernels.paged_decode.tuning import TUNING, Tuning
 
 MAX_GROUP = 64  # query heads of a key/value head; more would not fit the registers
 QUERIES = 2  # items whose queries are in shared memory at once
-ALIGN = 8  # rows of a swizzled tile: TMA reads query heads from multiples of it
-SWIZZLED = (plgpu.TilingTransform((ALIGN, 64)), plgpu.SwizzleTransform(128))
-WGMMA = plgpu.Layout.WGMMA
-COLUMNS = WGMMA.reduce(0)  # of a vector with one number a column
 
 
 def paged_decode(
@@ -62,9 +59,9 @@ def paged_decode(
     out_type = [jax.ShapeDtypeStruct((*parts, group, head_dim), part_dtype)]
     stages, block = tuning.stages, tuning.block_keys
     scratch = dict(
-        q_smem=plgpu.SMEM((QUERIES, window, head_dim), q.dtype, transforms=SWIZZLED),
-        kv_smem=plgpu.SMEM((2 * stages, block, head_dim), q.dtype, transforms=SWIZZLED),
-        p_smem=plgpu.SMEM((window, block), q.dtype, transforms=SWIZZLED),
+        q_smem=plgpu.SMEM((QUERIES, window, head_dim), q.dtype, transforms=swizzled()),
+        kv_smem=plgpu.SMEM((2 * stages, block, head_dim), q.dtype, transforms=swizzled()),
+        p_smem=plgpu.SMEM((window, block), q.dtype, transforms=swizzled()),
         out_smem=plgpu.SMEM((group, head_dim), part_dtype),
         q_ready=plgpu.Barrier(num_barriers=QUERIES),
         q_free=plgpu.Barrier(num_barriers=QUERIES),
@@ -109,7 +106,7 @@ def _sum_parts(out, mass, rows: int):
     return (out * weight[..., None]).sum(axis=2)
 
 
-def _aligned(first, rows: int, window: int):
+def _aligned(first: Any, rows: int, window: int) -> Any:
     """Where to read query heads from, of `rows`, to have those from `first` on."""
     xp = np if isinstance(first, np.ndarray) else jnp
     return xp.minimum(first - first % ALIGN, rows - window)
@@ -258,9 +255,9 @@ def _compute(out, mass, smem, item, *, rows, group, tuning):
             return product[...]
 
         plgpu.barrier_wait(ready.at[slot])
-        scores = pl.run_scoped(multiply_keys, plgpu.ACC((keys, window), jnp.float32))
+        scores = pl.run_scoped(multiply_keys, accumulator(keys, window))
         plgpu.barrier_arrive(free.at[slot])
-        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA)
+        key = iota(*scores.shape, 0)
         scores = jnp.where(key < left, scores * scale, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=0))
         shrink = jnp.exp2(top - new_top)
@@ -273,7 +270,7 @@ def _compute(out, mass, smem, item, *, rows, group, tuning):
         def _():
             _zero_rows(kv_smem.at[slot + 1], left)
 
-        product = pl.run_scoped(multiply_values, plgpu.ACC((depth, window), jnp.float32))
+        product = pl.run_scoped(multiply_values, accumulator(depth, window))
         plgpu.barrier_arrive(free.at[slot + 1])
         return acc * wide(shrink, acc) + product, new_top, total * wide(shrink, total) + weights
 
@@ -287,7 +284,7 @@ def _compute(out, mass, smem, item, *, rows, group, tuning):
     plgpu.barrier_arrive(smem["q_free"].at[q_slot])
     total = total.sum(axis=0)
     acc *= wide(1 / jnp.maximum(total, tiny), acc)  # without keys 0, not 0 / 0
-    column = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=WGMMA)
+    column = iota(*acc.shape, 1)
     out_smem, where = smem["out_smem"], (item.request, item.head, item.split)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left `out_smem`
 
@@ -305,7 +302,7 @@ def _compute(out, mass, smem, item, *, rows, group, tuning):
 
 def _zero_rows(matrix, first):
     """Zeroes rows first, ... of a matrix in SMEM: they weigh 0, but 0 times NaN is NaN."""
-    row = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=WGMMA)
+    row = iota(64, 64, 0)
     for r, c in itertools.product(*(range(0, n, 64) for n in matrix.shape)):
         part = matrix.at[pl.ds(r, 64), pl.ds(c, 64)]
         part[...] = jnp.where(row + r < first, part[...], 0)

@@ -12,12 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import interpreted, tuned
 from pallas_kernels.layout import PageLayout
+from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
 from pallas_kernels.paged_prefill.items import ALIGN, Item, work_items
 from pallas_kernels.paged_prefill.tuning import TUNING, Tuning
 
 ROWS = 64  # of a wgmma, and so of a warpgroup's share of an item
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-WGMMA = plgpu.Layout.WGMMA
 
 
 def paged_prefill(
@@ -69,8 +68,8 @@ def _kernel(q, pages, layer, table, items, count, out, *, tile, layout, tuning, 
     group = q.shape[1] // layout.kv_heads
     copies = keys // layout.page_size
     scratch = dict(
-        q_smem=plgpu.SMEM((computing, ROWS, depth), dtype, transforms=SWIZZLED),
-        kv_smem=plgpu.SMEM((ring, keys, depth), dtype, transforms=SWIZZLED),
+        q_smem=plgpu.SMEM((computing, ROWS, depth), dtype, transforms=swizzled()),
+        kv_smem=plgpu.SMEM((ring, keys, depth), dtype, transforms=swizzled()),
         out_smem=plgpu.SMEM((computing, ROWS, depth), dtype),
         sums=plgpu.SMEM((computing, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=computing * group),
@@ -80,7 +79,7 @@ def _kernel(q, pages, layer, table, items, count, out, *, tile, layout, tuning, 
         turn=plgpu.Barrier(num_barriers=computing),
     )
     if interpret:
-        scratch["p_smem"] = plgpu.SMEM((computing, ROWS, keys), dtype, transforms=SWIZZLED)
+        scratch["p_smem"] = plgpu.SMEM((computing, ROWS, keys), dtype, transforms=swizzled())
 
     def scoped(**smem):
         warpgroup = lax.axis_index("warpgroup")
@@ -279,8 +278,8 @@ def _compute(out, smem, warpgroup, item, head, steps, *, tile, group, layout, tu
 
         return pl.run_scoped(
             products,
-            plgpu.ACC((ROWS, keys), jnp.float32),
-            plgpu.ACC((ROWS, depth), jnp.float32),
+            accumulator(ROWS, keys),
+            accumulator(ROWS, depth),
         )
 
     def attended():
@@ -290,7 +289,7 @@ def _compute(out, smem, warpgroup, item, head, steps, *, tile, group, layout, tu
             multiply_keys(scores_ref, 0)
             return scores_ref[...]
 
-        scores = mask(pl.run_scoped(first, plgpu.ACC((ROWS, keys), jnp.float32)), 0)
+        scores = mask(pl.run_scoped(first, accumulator(ROWS, keys)), 0)
         plgpu.barrier_arrive(smem["kv_free"].at[slot(0, 0)])
         p, top, total = softmax(scores, None)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, depth), jnp.float32), WGMMA)
@@ -308,7 +307,7 @@ def _compute(out, smem, warpgroup, item, head, steps, *, tile, group, layout, tu
             multiply_values(acc_ref, weights, count - 1)
             return acc_ref[...]
 
-        new = pl.run_scoped(last, plgpu.ACC((ROWS, depth), jnp.float32))
+        new = pl.run_scoped(last, accumulator(ROWS, depth))
         if "p_smem" in smem:
             new = acc + new
         plgpu.barrier_arrive(smem["kv_free"].at[slot(count - 1, 1)])

@@ -20,14 +20,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import interpreted, tuned
 from pallas_kernels.layout import ceil_div
+from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
 from pallas_kernels.skinny_matmul import reference
 from pallas_kernels.skinny_matmul.tuning import TUNING, Plan
 
 ROWS = 64  # of a wgmma, and so of a warpgroup
 TOKENS = 8  # the grain of a wgmma's columns and of the swizzle
 MOST_TOKENS = 128  # whose accumulators fit in registers
-SWIZZLED = (plgpu.TilingTransform((TOKENS, 64)), plgpu.SwizzleTransform(128))
-WGMMA = plgpu.Layout.WGMMA
 
 
 def skinny_matmul(x, weight, *, plan: Plan | None = None):
@@ -53,21 +52,20 @@ def skinny_matmul(x, weight, *, plan: Plan | None = None):
     share, columns = plan.share(tokens), plan.columns(tokens)
     shares = columns // share
     scratch: dict[str, Any] = dict(
-        w_smem=plgpu.SMEM((stages, plan.rows, step), dtype, transforms=SWIZZLED),
-        x_smem=plgpu.SMEM((stages, columns, step), dtype, transforms=SWIZZLED),
-        y_smem=plgpu.SMEM((groups, share, ROWS), dtype, transforms=SWIZZLED),
+        w_smem=plgpu.SMEM((stages, plan.rows, step), dtype, transforms=swizzled()),
+        x_smem=plgpu.SMEM((stages, columns, step), dtype, transforms=swizzled()),
+        y_smem=plgpu.SMEM((groups, share, ROWS), dtype, transforms=swizzled()),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     )
     out_type = [jax.ShapeDtypeStruct((tokens, outputs), dtype)]
     if split > 1:
-        swizzle = plgpu.find_swizzle(share * 32)
-        swizzled = plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle)
+        tiling = swizzled(plgpu.find_swizzle(share * 32) // 4, itemsize=4)
         # The interpreter knows no stores into another CTA's shared memory. On an H200 the way
         # through memory gave stale sums: a cluster's barrier orders no stores to memory.
         through_memory = interpreted()
         parts = (groups, shares if through_memory else split, ROWS, share)
-        scratch["parts_smem"] = plgpu.SMEM(parts, jnp.float32, transforms=swizzled)
+        scratch["parts_smem"] = plgpu.SMEM(parts, jnp.float32, transforms=tiling)
         if through_memory:
             out_type.append(jax.ShapeDtypeStruct((tiles, split, *parts), jnp.float32))
             scratch["shared"] = plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=groups)
@@ -152,7 +150,7 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
             plgpu.copy_smem_to_gmem(y_smem.at[group], y.at[tokens, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        sums = pl.run_scoped(products, plgpu.ACC((ROWS, columns), jnp.float32))
+        sums = pl.run_scoped(products, accumulator(ROWS, columns))
         if plan.split == 1:
             store(sums)
         else:

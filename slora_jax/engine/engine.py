@@ -2,7 +2,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +33,6 @@ from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -342,7 +339,6 @@ def _resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
         layout=_layout(config, options),
         widths=[width for name in LAYER_MODULES for width in config.projection_shape(name)],
     )
-    logger.info("the kernels' backend is %s", backend)
     return replace(options, max_model_len=options.max_model_len or longest, kernel_backend=backend)
 
 

@@ -248,4 +248,5 @@ def _describe(shape: StepShape) -> str:
     lora = {"none": "base only", "layers": "LoRA", "all": "LoRA with embedding or head"}
     tokens, rows = shape.bucket.tokens, shape.bucket.rows
     modules = f" ({', '.join(sorted(shape.adapted))})" if shape.adapted else ""
-    return f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}{modules}"
+    what = f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}{modules}"
+    return f"{what}, on {shape.backend}"

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Mosaic GPU kernels share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.layout import TILE
+
+ALIGN = 8  # rows of a swizzled tile: copies and operands start at multiples of it
+WGMMA = plgpu.Layout.WGMMA
+ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors as long as a matrix's rows, columns
+
+
+def swizzled(columns: int = TILE, itemsize: int = 2) -> tuple[Any, ...]:
+    """How wgmma wants a matrix in shared memory: in tiles of 8 rows, swizzled."""
+    tiling = plgpu.TilingTransform((ALIGN, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(itemsize * columns)  # pyright: ignore[reportAbstractUsage]
+    return tiling, swizzle
+
+
+def accumulator(rows: int, columns: int) -> plgpu.WGMMAAccumulatorRef:
+    """float32 sums of a wgmma, zero at first; for `pl.run_scoped`."""
+    return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
+
+
+def iota(rows: int, columns: int, dimension: int) -> jax.Array:
+    """Row or column numbers, laid out as a wgmma's result."""
+    return plgpu.broadcasted_iota(jnp.int32, (rows, columns), dimension, layout=WGMMA)
