@@ -100,7 +100,6 @@ def ceilings(*, rows: int = 1 << 16, side: int = 8192) -> tuple[Ceilings, dict[s
         "copy": (measure(lambda _: copy(x), None), Work(2 * x.nbytes, 0)),
         "read": (measure(lambda _: read(x), None), Work(x.nbytes + 2 * rows, 0)),
     }
-    del x
     a, b = random_array((side, side)), random_array((side, side), seed=1)
     multiply = jax.jit(lambda a, b: a @ b)
     found["matmul"] = (measure(lambda _: multiply(a, b), None), Work(6 * side**2, 2 * side**3))

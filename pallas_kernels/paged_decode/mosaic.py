@@ -7,6 +7,7 @@ rows that wgmma asks for are keys, or D, and the few query heads of a group are 
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,7 +55,10 @@ def paged_decode(
     pages = pool.reshape(*pool.shape[:2], 2, layout.kv_heads, layout.page_size, head_dim)
 
     splits = _splits(batch * layout.kv_heads, page_table.shape[1] * layout.page_size, tuning)
-    ctas = min(batch * layout.kv_heads * splits, tuning.ctas)
+    items = batch * layout.kv_heads * splits
+    ctas = min(items, tuning.ctas)
+    if items <= 4 * tuning.resident:
+        tuning = replace(tuning, stages=tuning.few_stages)
     parts, part_dtype = (batch, layout.kv_heads, splits), q.dtype if splits == 1 else jnp.float32
     out_type = [jax.ShapeDtypeStruct((*parts, group, head_dim), part_dtype)]
     stages, block = tuning.stages, tuning.block_keys

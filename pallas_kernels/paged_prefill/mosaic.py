@@ -71,12 +71,10 @@ def _kernel(q, pages, layer, table, items, count, out, *, tile, layout, tuning, 
         q_smem=plgpu.SMEM((computing, ROWS, depth), dtype, transforms=swizzled()),
         kv_smem=plgpu.SMEM((ring, keys, depth), dtype, transforms=swizzled()),
         out_smem=plgpu.SMEM((computing, ROWS, depth), dtype),
-        sums=plgpu.SMEM((computing, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=computing * group),
         kv_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=ring + 1),
         q_free=plgpu.Barrier(num_arrivals=computing),
         kv_free=plgpu.Barrier(num_arrivals=computing, num_barriers=ring),
-        turn=plgpu.Barrier(num_barriers=computing),
     )
     if interpret:
         scratch["p_smem"] = plgpu.SMEM((computing, ROWS, keys), dtype, transforms=swizzled())
@@ -100,19 +98,7 @@ def _kernel(q, pages, layer, table, items, count, out, *, tile, layout, tuning, 
             plgpu.set_max_registers(tuning.compute_registers, action="increase")
             for barrier in free:
                 plgpu.barrier_arrive(barrier)
-            if tuning.take_turns:
-
-                @pl.when(warpgroup == computing - 1)
-                def _():
-                    plgpu.barrier_arrive(smem["turn"].at[0])
-
             each_item(partial(_compute, out, smem, warpgroup, **static))
-            if tuning.take_turns:
-
-                @pl.when(warpgroup == 0)
-                def _():
-                    plgpu.barrier_wait(smem["turn"].at[0])
-
             plgpu.wait_smem_to_gmem(0)
 
     pl.run_scoped(scoped, **scratch, collective_axes="warpgroup")
@@ -199,7 +185,7 @@ def _load(q, pages, layer, table, smem, item, head, steps, *, tile, group, layou
 
 def _compute(out, smem, warpgroup, item, head, steps, *, tile, group, layout, tuning):
     """Attention of one warpgroup's rows of an item."""
-    keys, ring, computing = tuning.block_keys, tuning.ring, tuning.warpgroups
+    keys, ring = tuning.block_keys, tuning.ring
     depth, dtype = layout.head_dim, out.dtype
     scale = math.log2(math.e) / math.sqrt(depth)  # exp2 is the instruction that the GPU has
     count = lax.div(item.keys + (keys - 1), jnp.int32(keys))
@@ -247,26 +233,18 @@ def _compute(out, smem, warpgroup, item, head, steps, *, tile, group, layout, tu
         weights, acc, top, total = carry
         plgpu.barrier_wait(smem["kv_ready"].at[slot(step, 0)])
         plgpu.barrier_wait(smem["kv_ready"].at[slot(step - 1, 1)])
-        if tuning.take_turns:
-            plgpu.barrier_wait(smem["turn"].at[warpgroup])
 
         def products(scores_ref, acc_ref):
             if "p_smem" not in smem:
                 acc_ref[...] = acc
             multiply_keys(scores_ref, step)
             multiply_values(acc_ref, weights, step - 1)
-            if tuning.take_turns:
-                plgpu.barrier_arrive(smem["turn"].at[lax.rem(warpgroup + 1, jnp.int32(computing))])
             scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
             scores = lax.optimization_barrier(scores)
             plgpu.barrier_arrive(smem["kv_free"].at[slot(step, 0)])
             if masked:
                 scores = mask(scores, step)
             p, new_top, new_total = softmax(scores, top)
-            if tuning.overlap:
-                # Nobody reads it. Without a store that needs the softmax's result, ptxas moves the
-                # wait for P V, which nothing of the softmax needs, to before the softmax.
-                smem["sums"][warpgroup] = new_total
             new = acc_ref[...]
             new, p = lax.optimization_barrier((new, p))
             p16 = p.astype(dtype)

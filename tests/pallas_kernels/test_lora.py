@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """One suite for every implementation of the LoRA operations."""
 
+from dataclasses import replace
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import lora_expand, lora_lookup, lora_shrink
+from pallas_kernels import lora_delta, lora_expand, lora_lookup, lora_shrink
 from pallas_kernels.layout import TILE_ELEMS
 from pallas_kernels.slabs import pack_matrix
-from tests.pallas_kernels.pages import LAYOUTS, Pages, RandomAdapters
+from tests.pallas_kernels.pages import LAYOUTS, Pages, RandomAdapters, assert_close, rounded
 
 MAX_RANK = 24
+BASE = 3  # tokens of the base model, which follow those with adapters
 CASES = {
     "one adapter": ([[8]], [5], (96,)),
     "unequal ranks": ([[1], [24], [8], [5]], [1, 3, 2, 1], (70,)),
@@ -22,73 +27,150 @@ CASES = {
 }
 
 
+def numbers(pages, tokens, columns):
+    return rounded(pages.rng.standard_normal((tokens, columns)))
+
+
+def where(pages, adapters, layer, dtype=jnp.float32):
+    """The arguments that say where the matrices are."""
+    line = None if layer is None else jnp.int32(layer)
+    return jnp.asarray(pages.pool, dtype), line, adapters
+
+
 @pytest.mark.parametrize("layer", [2, None], ids=["layer", "outer"])
 @pytest.mark.parametrize(("ranks", "lengths", "outputs"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("inputs", [40, 600])
 def test_shrink_then_expand(pages, ranks, lengths, outputs, inputs, layer):
-    adapters = Adapters(pages, ranks, lengths, inputs, outputs, layer)
-    tokens = sum(lengths) + 3  # the last three are the base model's
-    x = pages.rng.standard_normal((tokens, inputs)).astype(np.float32)
-    y = pages.rng.standard_normal((tokens, sum(outputs))).astype(np.float32)
-    where = (
-        jnp.asarray(pages.pool),
-        None if layer is None else jnp.int32(layer),
-        adapters.segments,
-        adapters.table,
-    )
-    h = lora_shrink(jnp.asarray(x), *where, max_rank=MAX_RANK, layout=pages.layout)
+    tokens = sum(lengths) + BASE
+    lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens)
+    x, y = numbers(pages, tokens, inputs), numbers(pages, tokens, sum(outputs))
+    there = where(pages, lora.adapters, layer)
+    static = {"modules": lora.modules, "layout": pages.layout}
+    h = lora_shrink(jnp.asarray(x), *there, max_rank=MAX_RANK, **static)
     assert h.dtype == jnp.float32
-    np.testing.assert_allclose(h, adapters.shrink(x, MAX_RANK), atol=1e-5)
-    got = lora_expand(
-        jnp.asarray(y), h, *where, inputs=inputs, outputs=outputs, layout=pages.layout
-    )
-    want = adapters.expand(y, adapters.shrink(x, MAX_RANK), outputs)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    want = lora.shrink(x, MAX_RANK)
+    assert_close(h, want)
+    got = lora_expand(jnp.asarray(y), h, *there, **static)
+    assert_close(got, lora.expand(y, want, outputs))
     base = sum(lengths)
     np.testing.assert_array_equal(got[base:], y[base:])
 
 
+# Widths that Mosaic supports: multiples of 64.
+DELTA_CASES = {
+    "one token": ([[8]], [1], 64, (64,), 1),
+    "odd width": ([[8], [3]], [2, 1], 64, (96,), 2),
+    "a run of outputs in several passes": ([[8]], [3], 128, (1600,), 0),
+    "unequal ranks": ([[1], [24], [8], [5]], [1, 3, 2, 1], 640, (576,), 1),
+    "fused, some modules missing": (
+        [[4, 0, 12], [0, 0, 0], [24, 3, 0], [1, 1, 1]],
+        [1, 2, 9, 0],
+        1088,
+        (576, 128, 128),
+        1,
+    ),
+    "outer": ([[8], [20]], [1, 3], 64, (1600,), None),
+    "base only": ([[8]], [0], 64, (64,), 0),
+}
+
+
+@pytest.mark.parametrize("block", [1, 64], ids=["single tokens", "blocks of 64"])
+@pytest.mark.parametrize(
+    ("ranks", "lengths", "inputs", "outputs", "layer"), DELTA_CASES.values(), ids=DELTA_CASES.keys()
+)
+@pytest.mark.parametrize("name", ["llama", "wide"])
+def test_delta(name, backend, dtype, block, ranks, lengths, inputs, outputs, layer):
+    pages = Pages(LAYOUTS[name])
+    check_delta(pages, backend, dtype, block, ranks, lengths, inputs, outputs, layer)
+
+
+def check_delta(pages, backend, dtype, block, ranks, lengths, inputs, outputs, layer, base=BASE):
+    tokens = sum(lengths) + base
+    lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, block=block)
+    x, y = numbers(pages, tokens, inputs), numbers(pages, tokens, sum(outputs))
+    max_rank = max(MAX_RANK, lora.ranks.max())
+    static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
+    got = jax.jit(partial(lora_delta, **static, max_rank=max_rank))(
+        jnp.asarray(x, dtype),
+        jnp.asarray(y, dtype),
+        *where(pages, lora.adapters, layer, dtype),
+    )
+    assert_close(got, lora.expand(y, lora.shrink(x, max_rank), outputs))
+    np.testing.assert_array_equal(got[sum(lengths) :].astype(jnp.float32), y[sum(lengths) :])
+
+
+def test_delta_of_runs_longer_than_a_block(backend, dtype):
+    """Runs that begin and end anywhere between the multiples of 64 at which they are cut."""
+    pages = Pages(LAYOUTS["wide"])
+    ranks, lengths = [[8, 3], [0, 24], [5, 5], [1, 0]], [13, 70, 1, 60]
+    check_delta(pages, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
+
+
+def test_delta_of_large_ranks(backend, dtype):
+    """As many slabs as take several rounds, and in a batch with few."""
+    pages = Pages(LAYOUTS["wide"])
+    check_delta(pages, backend, dtype, 64, [[100], [8]], [4, 3], 64, (128,), 0)
+
+
+@pytest.mark.parametrize("block", [1, 64])
+def test_base_tokens_may_be_anything(backend, dtype, block):
+    """Padding tokens of a step hold no numbers: they reach nobody, and come back as they are."""
+    pages = Pages(LAYOUTS["llama"])
+    lora = RandomAdapters(pages, [[8], [8]], [2, 3], 64, (64,), 0, 8, block=block)
+    x, y = numbers(pages, 8, 64), numbers(pages, 8, 64)
+    x[5:], y[5:] = np.nan, np.nan
+    static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
+    got = jax.jit(partial(lora_delta, **static, max_rank=8))(
+        jnp.asarray(x, dtype), jnp.asarray(y, dtype), *where(pages, lora.adapters, 0, dtype)
+    )
+    assert_close(got[:5], lora.expand(y, lora.shrink(x[:5], 8), (64,))[:5])
+    assert np.isnan(got[5:].astype(jnp.float32)).all()
+
+
 def test_lookup(pages):
     vocab, embed = 700, 40
-    adapters = Adapters(pages, [[4], [24], [0]], [3, 2, 1], vocab, (embed,), None)
+    lora = RandomAdapters(pages, [[4], [24], [0]], [3, 2, 1], vocab, (embed,), None, 8)
     tokens = pages.rng.integers(0, vocab, 8)
     got = lora_lookup(
         jnp.asarray(tokens, jnp.int32),
         jnp.asarray(pages.pool),
-        adapters.segments,
-        adapters.table,
-        vocab=vocab,
+        lora.adapters,
+        modules=lora.modules,
         max_rank=MAX_RANK,
         layout=pages.layout,
     )
-    want = adapters.shrink(np.eye(vocab)[tokens], MAX_RANK)
-    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert_close(got, lora.shrink(np.eye(vocab)[tokens], MAX_RANK))
 
 
-def test_padding_segments_reach_nobody():
+@pytest.mark.parametrize("block", [1, 64])
+def test_padding_segments_reach_nobody(backend, dtype, block):
     """A segment without tokens may name pages that hold anything by now."""
     pages = Pages(LAYOUTS["llama"])
-    adapters = Adapters(pages, [[8], [8]], [2, 0], 64, (64,), 0)
-    nowhere = jnp.asarray(pages.take(adapters.segments.pages.shape[1]), jnp.int32)  # full of NaN
-    segments = adapters.segments._replace(pages=adapters.segments.pages.at[1].set(nowhere))
-    where = jnp.asarray(pages.pool), jnp.int32(0), segments, adapters.table
-    x = jnp.ones((4, 64), jnp.float32)
-    h = lora_shrink(x, *where, max_rank=8, layout=pages.layout)
-    got = lora_expand(x, h, *where, inputs=64, outputs=(64,), layout=pages.layout)
-    assert np.isfinite(got).all()
+    lora = RandomAdapters(pages, [[8], [8]], [2, 0], 64, (64,), 0, 4, block=block)
+    nowhere = jnp.asarray(pages.take(lora.adapters.pages.shape[1]), jnp.int32)  # full of NaN
+    adapters = replace(lora.adapters, pages=lora.adapters.pages.at[1].set(nowhere))
+    x = jnp.ones((4, 64), dtype)
+    static = {"modules": lora.modules, "max_rank": 8, "layout": pages.layout, "backend": backend}
+    got = jax.jit(partial(lora_delta, **static))(x, x, *where(pages, adapters, 0, dtype))
+    assert np.isfinite(got.astype(jnp.float32)).all()
 
 
-def test_h_is_not_rounded():
-    """A delta that bfloat16 h would lose survives in a float32 output (vLLM #2893)."""
+@pytest.mark.parametrize("block", [1, 64])
+def test_h_is_not_rounded(backend, dtype, block):
+    """A delta that h in bfloat16 would lose survives (vLLM #2893).
+
+    y takes away all of it that bfloat16 can hold. Of the rest, 2⁻⁹ of it, h must still know much.
+    """
     pages = Pages(LAYOUTS["llama"])
-    adapters = Adapters(pages, [[8]], [4], 64, (64,), 0)
-    x = pages.rng.standard_normal((4, 64)).astype(np.float32)
-    where = jnp.asarray(pages.pool), jnp.int32(0), adapters.segments, adapters.table
-    h = lora_shrink(jnp.asarray(x), *where, max_rank=8, layout=pages.layout)
-    zero = jnp.zeros((4, 64), jnp.float32)
-    got = lora_expand(zero, h, *where, inputs=64, outputs=(64,), layout=pages.layout)
-    want = adapters.expand(np.zeros((4, 64)), adapters.shrink(x, 8), (64,))
-    assert np.abs(got - want).max() < 1e-5 < np.abs(want).max() * 2**-9
+    lora = RandomAdapters(pages, [[8]], [4], 64, (64,), 0, 4, block=block)
+    x, zero = numbers(pages, 4, 64), np.zeros((4, 64), np.float32)
+    y = -rounded(lora.expand(zero, lora.shrink(x, 8), (64,)))
+    static = {"modules": lora.modules, "max_rank": 8, "layout": pages.layout, "backend": backend}
+    got = jax.jit(partial(lora_delta, **static))(
+        jnp.asarray(x, dtype), jnp.asarray(y, dtype), *where(pages, lora.adapters, 0, dtype)
+    )
+    want = lora.expand(y, lora.shrink(x, 8), (64,))
+    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
 
 
 @settings(deadline=None, max_examples=60)

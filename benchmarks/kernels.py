@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the operations on the shapes of real models, beside what the device could do at best.
+
+python -m benchmarks.kernels --quick --output benchmarks/results/kernels.jsonl
+
+Lines of JSON go to standard output (and `--output`), progress to standard error. `limit_us` is the
+time that the least traffic and arithmetic take at the ceilings measured in the same run; `ratio` is
+`limit_us / us`. Some rows are also measured with XLA's reference. vLLM's Triton kernels for LoRA
+are no rival here: they can only be called where vLLM is installed, which no dependency asks for.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.attention_problems import Decode, Prefill, Rope
+from benchmarks.measure import Ceilings, Timing, measure
+from benchmarks.problems import Problem, Size
+from benchmarks.projection_problems import PROJECTIONS, Lora, Matmul
+from benchmarks.record import Recorder, say
+from benchmarks.shapes import KERNEL_SHAPES
+from pallas_kernels.backend import Backend, why_not_mosaic
+
+PROMPT = 4096  # tokens of a long prefill
+MIXED_RANKS = (64,) * 16 + (32,) * 16 + (16,) * 16 + (8,) * 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and why it is measured.
+
+    Attributes:
+        target: a row of the table that the kernels are made to meet.
+        reference: XLA's implementation is measured, too.
+        base: the base model's part of the same projection, to be compared with.
+    """
+
+    problem: Problem
+    target: bool = False
+    reference: bool = False
+    base: Matmul | None = None
+
+
+def target_cases() -> Iterator[Case]:
+    mha, gqa = (
+        {"model": name, "shape": KERNEL_SHAPES[name]} for name in ("llama-2-7b", "llama-3-8b")
+    )
+    yield Case(Decode(**mha, batch=64, context=2048), target=True, reference=True)
+    yield Case(Decode(**mha, batch=64, context=320), target=True)
+    yield Case(Decode(**gqa, batch=64, context=2048), target=True)
+    yield Case(Decode(**gqa, batch=8, context=8192), target=True)
+    yield Case(Prefill(**gqa, tokens=PROMPT), target=True, reference=True)
+    distinct = Lora(**mha, projection="qkv", ranks=(16,) * 64, each=1)
+    yield Case(distinct, target=True, reference=True)
+    yield Case(Lora(**mha, projection="qkv", ranks=MIXED_RANKS, each=1), target=True)
+    yield Case(Lora(**mha, projection="qkv", ranks=(16,), each=64), target=True)
+    base = Matmul(**mha, projection="qkv", tokens=PROMPT)
+    prompts = Lora(**mha, projection="qkv", ranks=(16,) * 8, each=PROMPT // 8)
+    yield Case(prompts, target=True, reference=True, base=base)
+
+
+def other_cases() -> Iterator[Case]:
+    for model, shape in KERNEL_SHAPES.items():
+        which: dict[str, Any] = {"model": model, "shape": shape}
+        for context in (320, 2048):
+            yield Case(Decode(**which, batch=64, context=context))
+        yield Case(Prefill(**which, tokens=PROMPT))
+        yield Case(Prefill(**which, tokens=PROMPT, requests=8))
+        for tokens in (64, PROMPT):
+            yield Case(Rope(**which, tokens=tokens), reference=True)
+        for projection in PROJECTIONS:
+            yield Case(Matmul(**which, projection=projection, tokens=64), reference=True)
+            yield Case(Lora(**which, projection=projection, ranks=(16,) * 64, each=1))
+        yield Case(Lora(**which, projection="qkv", ranks=(16,) * 8, each=PROMPT // 8))
+
+
+def cases() -> list[Case]:
+    """All cases, each once, those of the target table first."""
+    targets = list(target_cases())
+    known = {case.problem for case in targets}
+    return targets + [case for case in other_cases() if case.problem not in known]
+
+
+class Benchmark:
+    """Measures cases and records them.
+
+    Args:
+        recorder: of results.
+        limits: of the device.
+        size: of a measured program; XLA's references, some of them slow, get shorter ones.
+        repetitions: of a measurement.
+    """
+
+    def __init__(self, recorder: Recorder, limits: Ceilings, size: Size, repetitions: int):
+        self._recorder = recorder
+        self._limits = limits
+        self._size = size
+        self._repetitions = repetitions
+        self._known: dict[tuple[Problem, Backend], Timing] = {}
+        self.failures = 0
+
+    def run(self, case: Case, backend: Backend) -> None:
+        """Measures a case; one that fails is told and counted, and stops no other."""
+        problem, fields = case.problem, {}
+        try:
+            if case.base is not None:
+                self.run(Case(case.base, target=case.target), "xla")
+                fields["base_us"] = round(self._known[case.base, "xla"].us, 3)
+            if (problem, backend) in self._known:
+                return
+            say(f"{problem.op}: {problem.name} ({problem.model}, {backend})")
+            timing = self._known[problem, backend] = self._measure(problem, backend)
+        except Exception as error:  # of a compiler or a device: anything
+            self.failures += 1
+            say(f"FAILED: {type(error).__name__}: {str(error)[:500]}")
+            return
+        if case.base is not None:
+            fields["of_base"] = round(timing.us / fields["base_us"], 3)
+        parameters = {name: v for name, v in asdict(problem).items() if name != "shape"}
+        self._recorder.add(
+            problem.op,
+            timing,
+            problem.work,
+            self._limits.limit_us(problem.work),
+            case=problem.name,
+            target=case.target,
+            backend=backend,
+            **parameters,
+            **fields,
+        )
+
+    def _measure(self, problem: Problem, backend: Backend) -> Timing:
+        length = self._size.length if backend == "mosaic" else max(self._size.length // 4, 1)
+        size = Size(length, self._size.data_bytes)
+        timing = self._of_one(problem.program(backend, size), length)
+        overhead = problem.overhead(size)
+        if overhead is None:
+            return timing
+        return timing.without(self._of_one(overhead, length).us)
+
+    def _of_one(self, program: tuple, length: int) -> Timing:
+        return measure(*program, repetitions=self._repetitions).each(length)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", metavar="REGEX", help="of operation, model and case")
+    parser.add_argument("--quick", action="store_true", help="only the target table")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try it on a CPU")
+    parser.add_argument("--backend", choices=get_args(Backend), help="only this one")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="to append the results to")
+    args = parser.parse_args(argv)
+
+    chosen = [case for case in cases() if case.target or not args.quick]
+    if args.only:
+        names = {case: f"{c.op} {c.model} {c.name}" for case in chosen for c in [case.problem]}
+        chosen = [case for case in chosen if re.search(args.only, names[case])]
+    recorder = Recorder(args.output)
+    limits = recorder.ceilings(small=args.smoke)
+    size = Size(2, 1) if args.smoke else Size(16, 10**9)
+    benchmark = Benchmark(recorder, limits, size, repetitions=3 if args.smoke else 5)
+    for case in chosen:
+        backends: list[Backend] = ["mosaic"]
+        reason = why_not_mosaic(dtype=jnp.bfloat16, layout=case.problem.layout)
+        if reason is not None or args.smoke:
+            backends = ["xla"]
+            say(f"without Mosaic: {reason or 'a trial run'}")
+        elif case.reference:
+            backends.append("xla")
+        for backend in backends:
+            if args.backend in (None, backend):
+                benchmark.run(tiny(case) if args.smoke else case, backend)
+        jax.clear_caches()  # and with them the constants of compiled programs
+    return 1 if benchmark.failures else 0
+
+
+def tiny(case: Case) -> Case:
+    """The same on a small shape."""
+    base = case.base.tiny() if case.base is not None else None
+    return Case(case.problem.tiny(), case.target, case.reference, base)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
