@@ -289,7 +289,7 @@ def lora_gather(
         name="lora_gather",
     )(
         result,
-        x.reshape(tokens, -1, TILE),
+        x.reshape(tokens, -1, TILE),  # pyright: ignore[reportCallIssue]
         pool.reshape(layers, pages, layout.tiles_per_page * TILE, TILE),
         line.reshape(1).astype(jnp.int32),
         adapters.work,

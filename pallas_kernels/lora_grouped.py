@@ -19,12 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.mosaic import accumulator, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 ROWS = 64  # of a wgmma, in which a block lies
 GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
 SLOTS = 8  # slabs that shrink sums at a time
-SWIZZLED = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def grouped_shrink(
 
                         return [acc[...] for acc in accs]
 
-                    accumulators = [plgpu.ACC((ROWS, SLAB_RANKS), jnp.float32)] * SLOTS
+                    accumulators = [accumulator(ROWS, SLAB_RANKS)] * SLOTS
                     for slot, h in enumerate(pl.run_scoped(products, *accumulators)):
 
                         @pl.when(slot < here)
@@ -226,8 +226,8 @@ def grouped_shrink(
         def _():
             pl.run_scoped(
                 run,
-                plgpu.SMEM((stages, ROWS, width), dtype, transforms=SWIZZLED),
-                plgpu.SMEM((stages, SLOTS * rows, TILE), dtype, transforms=SWIZZLED),
+                plgpu.SMEM((stages, ROWS, width), dtype, transforms=swizzled()),
+                plgpu.SMEM((stages, SLOTS * rows, TILE), dtype, transforms=swizzled()),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages * SLOTS),
                 plgpu.Barrier(num_barriers=stages),
@@ -248,4 +248,4 @@ def grouped_shrink(
             thread_name="warpgroup",
         ),
         name="lora_grouped_shrink",
-    )(x, tiled_pool(pool, layout), line.reshape(1), adapters.work, adapters.pages)
+    )(x, tiled_pool(pool, layout), line.reshape(1), adapters.work, adapters.pages)  # pyright: ignore[reportCallIssue]

@@ -16,17 +16,15 @@ from pallas_kernels.layout import SLAB_RANKS, TILE, PageLayout, ceil_div
 from pallas_kernels.lora_grouped import (
     GROUPS,
     ROWS,
-    SWIZZLED,
     Work,
     choose,
     tile_rows,
     tiled_pool,
 )
+from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 SIZES = (64, 32, 16, 8, 4, 2, 1)  # rows of a copy: any count of tokens is a sum of them
-# In memory the same as SWIZZLED, 64 columns wide; but copies may start at any row.
-BY_ROW = (plgpu.TilingTransform((1, TILE)), plgpu.SwizzleTransform(128))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +100,7 @@ def grouped_expand(
         steps = jnp.minimum(choose(module, shares), left)
         first_column = choose(module, [sum(modules.outputs[:m]) for m in range(modules.count)])
 
-        def for_rows(do: Callable[[int, Any, Any, Any], None]) -> None:
+        def for_rows(do: Callable[[int, Any, Any], None]) -> None:
             """The block's rows in copies: calls `do(kind of copy, rows of y, rows in memory)`."""
             for kind, size in enumerate(SIZES):
                 done = work.tokens & ~(2 * size - 1)
@@ -132,7 +130,7 @@ def grouped_expand(
                     for stage in range(b_stages):
                         for sub in range(subs):
                             zeros = jnp.zeros((ROWS, TILE), dtype)
-                            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                            zeros = plgpu.layout_cast(zeros, WGMMA)
                             b_smem[stage, sub] = zeros
                     plgpu.commit_smem()
 
@@ -192,7 +190,7 @@ def grouped_expand(
                     h_smem.at[0, round_, where].transpose((1, 0))[...] = high
                     h_smem.at[1, round_, where].transpose((1, 0))[...] = low
 
-                zeros = plgpu.layout_cast(jnp.zeros((ROWS, SLAB_RANKS), dtype), plgpu.Layout.WGMMA)
+                zeros = plgpu.layout_cast(jnp.zeros((ROWS, SLAB_RANKS), dtype), WGMMA)
 
                 @pl.loop(0, rounds)
                 def _(round_):
@@ -206,9 +204,7 @@ def grouped_expand(
                         def _(slab=slab, row=row):
                             def part(p):
                                 of_part = h_gmem.at[block, first_slab + slab, p]
-                                return plgpu.load(
-                                    of_part, layout=plgpu.Layout.WGMMA, optimized=False
-                                )
+                                return plgpu.load(of_part, layout=WGMMA, optimized=False)
 
                             total = part(0)
                             for p in range(1, parts):
@@ -257,7 +253,7 @@ def grouped_expand(
 
                         return [acc[...] for acc in accs]
 
-                    deltas = pl.run_scoped(products, *[plgpu.ACC((ROWS, TILE), jnp.float32)] * own)
+                    deltas = pl.run_scoped(products, *[accumulator(ROWS, TILE)] * own)
                     stage = lax.rem(step, jnp.int32(y_stages))
                     for_rows(
                         lambda kind, *_: plgpu.barrier_wait(y_ready.at[stage * len(SIZES) + kind])
@@ -297,9 +293,9 @@ def grouped_expand(
         def _():
             pl.run_scoped(
                 run,
-                plgpu.SMEM((y_stages, groups, ROWS, TILE), dtype, transforms=BY_ROW),
-                plgpu.SMEM((b_stages, subs, ROWS, TILE), dtype, transforms=SWIZZLED),
-                plgpu.SMEM((2, most_rounds, h_rows, ROWS), dtype, transforms=SWIZZLED),
+                plgpu.SMEM((y_stages, groups, ROWS, TILE), dtype, transforms=swizzled(rows=1)),
+                plgpu.SMEM((b_stages, subs, ROWS, TILE), dtype, transforms=swizzled()),
+                plgpu.SMEM((2, most_rounds, h_rows, ROWS), dtype, transforms=swizzled()),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=y_stages * len(SIZES)),
                 plgpu.Barrier(num_arrivals=computing, num_barriers=y_stages),
                 plgpu.Barrier(num_arrivals=subs, num_barriers=b_stages * slots),
@@ -321,7 +317,7 @@ def grouped_expand(
         name="lora_grouped_expand",
     )(
         result,
-        h,
+        h,  # pyright: ignore[reportCallIssue]
         tiled_pool(pool, layout),
         line.reshape(1),
         adapters.work,

@@ -14,9 +14,12 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors as long as a matrix's rows, columns
 
 
-def swizzled(columns: int = TILE, itemsize: int = 2) -> tuple[Any, ...]:
-    """How wgmma wants a matrix in shared memory: in tiles of 8 rows, swizzled."""
-    tiling = plgpu.TilingTransform((ALIGN, columns))  # pyright: ignore[reportAbstractUsage]
+def swizzled(columns: int = TILE, itemsize: int = 2, rows: int = ALIGN) -> tuple[Any, ...]:
+    """How wgmma wants a matrix in shared memory: in tiles of 8 rows, swizzled.
+
+    With `rows=1` the bytes lie alike, and copies may start at any row.
+    """
+    tiling = plgpu.TilingTransform((rows, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(itemsize * columns)  # pyright: ignore[reportAbstractUsage]
     return tiling, swizzle
 

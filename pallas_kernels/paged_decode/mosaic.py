@@ -261,7 +261,7 @@ def _compute(out, mass, smem, item, *, rows, group, tuning):
         plgpu.barrier_wait(ready.at[slot])
         scores = pl.run_scoped(multiply_keys, accumulator(keys, window))
         plgpu.barrier_arrive(free.at[slot])
-        key = iota(*scores.shape, 0)
+        key = iota(keys, window, 0)
         scores = jnp.where(key < left, scores * scale, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=0))
         shrink = jnp.exp2(top - new_top)
@@ -288,7 +288,7 @@ def _compute(out, mass, smem, item, *, rows, group, tuning):
     plgpu.barrier_arrive(smem["q_free"].at[q_slot])
     total = total.sum(axis=0)
     acc *= wide(1 / jnp.maximum(total, tiny), acc)  # without keys 0, not 0 / 0
-    column = iota(*acc.shape, 1)
+    column = iota(depth, window, 1)
     out_smem, where = smem["out_smem"], (item.request, item.head, item.split)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left `out_smem`
 

@@ -56,39 +56,36 @@ def test_shrink_then_expand(pages, ranks, lengths, outputs, inputs, layer):
     np.testing.assert_array_equal(got[base:], y[base:])
 
 
-# Widths that Mosaic supports: multiples of 64.
-DELTA_CASES = {
-    "one token": ([[8]], [1], 64, (64,), 1),
-    "odd width": ([[8], [3]], [2, 1], 64, (96,), 2),
-    "a run of outputs in several passes": ([[8]], [3], 128, (1600,), 0),
-    "unequal ranks": ([[1], [24], [8], [5]], [1, 3, 2, 1], 640, (576,), 1),
+DELTA_CASES = {  # layout, ranks, lengths, inputs, outputs, layer; multiples of 64, as Mosaic needs
+    "one token": ("llama", [[8]], [1], 64, (64,), 1),
+    "outputs in several passes": ("llama", [[8]], [3], 128, (1600,), 0),
+    "unequal ranks": ("llama", [[1], [24], [8], [5]], [1, 3, 2, 1], 640, (576,), 1),
     "fused, some modules missing": (
+        "wide",
         [[4, 0, 12], [0, 0, 0], [24, 3, 0], [1, 1, 1]],
-        [1, 2, 9, 0],
+        [1, 2, 3, 0],
         1088,
         (576, 128, 128),
         1,
     ),
-    "outer": ([[8], [20]], [1, 3], 64, (1600,), None),
-    "base only": ([[8]], [0], 64, (64,), 0),
+    "outer": ("wide", [[8], [20]], [1, 3], 64, (1600,), None),
+    "large ranks": ("wide", [[100], [8]], [2, 3], 64, (128,), 0),
+    "base only": ("llama", [[8]], [0], 64, (64,), 0),
 }
 
 
 @pytest.mark.parametrize("block", [1, 64], ids=["single tokens", "blocks of 64"])
-@pytest.mark.parametrize(
-    ("ranks", "lengths", "inputs", "outputs", "layer"), DELTA_CASES.values(), ids=DELTA_CASES.keys()
-)
-@pytest.mark.parametrize("name", ["llama", "wide"])
-def test_delta(name, backend, dtype, block, ranks, lengths, inputs, outputs, layer):
-    pages = Pages(LAYOUTS[name])
-    check_delta(pages, backend, dtype, block, ranks, lengths, inputs, outputs, layer)
+@pytest.mark.parametrize("case", DELTA_CASES.values(), ids=DELTA_CASES.keys())
+def test_delta(backend, dtype, block, case):
+    name, *shape = case
+    check_delta(Pages(LAYOUTS[name]), backend, dtype, block, *shape)
 
 
 def check_delta(pages, backend, dtype, block, ranks, lengths, inputs, outputs, layer, base=BASE):
     tokens = sum(lengths) + base
     lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, block=block)
     x, y = numbers(pages, tokens, inputs), numbers(pages, tokens, sum(outputs))
-    max_rank = max(MAX_RANK, lora.ranks.max())
+    max_rank = max(MAX_RANK, int(lora.ranks.max()))
     static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
     got = jax.jit(partial(lora_delta, **static, max_rank=max_rank))(
         jnp.asarray(x, dtype),
@@ -104,12 +101,6 @@ def test_delta_of_runs_longer_than_a_block(backend, dtype):
     pages = Pages(LAYOUTS["wide"])
     ranks, lengths = [[8, 3], [0, 24], [5, 5], [1, 0]], [13, 70, 1, 60]
     check_delta(pages, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
-
-
-def test_delta_of_large_ranks(backend, dtype):
-    """As many slabs as take several rounds, and in a batch with few."""
-    pages = Pages(LAYOUTS["wide"])
-    check_delta(pages, backend, dtype, 64, [[100], [8]], [4, 3], 64, (128,), 0)
 
 
 @pytest.mark.parametrize("block", [1, 64])
