@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 
 from benchmarks.attention_problems import Decode, Prefill, Rope
@@ -26,6 +25,7 @@ from benchmarks.projection_problems import PROJECTIONS, Lora, Matmul
 from benchmarks.record import Recorder, say
 from benchmarks.shapes import KERNEL_SHAPES
 from pallas_kernels.backend import Backend, why_not_mosaic
+from pallas_kernels.layout import PageLayout
 
 PROMPT = 4096  # tokens of a long prefill
 MIXED_RANKS = (64,) * 16 + (32,) * 16 + (16,) * 16 + (8,) * 16
@@ -165,18 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = recorder.ceilings(small=args.smoke)
     size = Size(2, 1) if args.smoke else Size(16, 10**9)
     benchmark = Benchmark(recorder, limits, size, repetitions=3 if args.smoke else 5)
+    reason = why_not_mosaic(dtype=jnp.bfloat16, layout=PageLayout(8, 128, 16))
+    if reason is not None:
+        say(f"without Mosaic: {reason}")
     for case in chosen:
-        backends: list[Backend] = ["mosaic"]
-        reason = why_not_mosaic(dtype=jnp.bfloat16, layout=case.problem.layout)
-        if reason is not None or args.smoke:
-            backends = ["xla"]
-            say(f"without Mosaic: {reason or 'a trial run'}")
-        elif case.reference:
-            backends.append("xla")
-        for backend in backends:
+        backends: tuple[Backend, ...] = ("mosaic", "xla") if case.reference else ("mosaic",)
+        for backend in ("xla",) if args.smoke or reason is not None else backends:
             if args.backend in (None, backend):
                 benchmark.run(tiny(case) if args.smoke else case, backend)
-        jax.clear_caches()  # and with them the constants of compiled programs
     return 1 if benchmark.failures else 0
 
 

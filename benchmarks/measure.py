@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,10 +78,13 @@ def measure(call: Callable[[Any], Any], carry: Any, *, repetitions: int = 5) -> 
     return Timing.of(us)
 
 
-def random_array(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> jax.Array:
+@partial(jax.jit, static_argnames=("shape", "dtype", "std"))
+def random_array(
+    shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0, std: float = 1.0
+) -> jax.Array:
     """Normal numbers, made on the device. (Zeros would flatter it: they take less power.)"""
     key = jax.random.key(seed, impl="rbg")  # compiles in half the time of the default
-    return jax.jit(lambda: jax.random.normal(key, shape, dtype))()
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
 
 
 def ceilings(*, rows: int = 1 << 16, side: int = 8192) -> tuple[Ceilings, dict[str, Any]]:

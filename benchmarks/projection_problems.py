@@ -19,6 +19,7 @@ from pallas_kernels.layout import ceil_div
 from pallas_kernels.segments import Adapters, with_work
 from pallas_kernels.skinny_matmul import skinny_matmul
 
+DECODE_TOKENS = 64  # of at most so many a step is taken for one of decodes
 PROJECTIONS = {  # fused as the model fuses them
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
@@ -133,7 +134,7 @@ class Lora(Problem):
         read = sum(self.ranks) * self.adapter_elems * ITEM
         # Enough layers that what is read of them is large, not only the pool.
         layers = size.layers(read)
-        pool = random_array((layers, sum(pages) + 1, self.layout.page_elems)) * 0.02
+        pool = random_array((layers, sum(pages) + 1, self.layout.page_elems), std=0.02)
         adapters = self._adapters(pages, layers)
         x = random_array((self.tokens, modules.inputs))
         y = random_array((self.tokens, sum(modules.outputs)), seed=1)
@@ -166,12 +167,13 @@ class Lora(Problem):
             first_tile[g] = np.cumsum(tiles) - tiles
         rank = np.broadcast_to(np.asarray(self.ranks, np.int32)[:, None, None], first_tile.shape)
         lengths = np.full(len(pages), self.each, np.int32)
-        scale = jnp.full(first_tile.shape, 0.01, jnp.float32)
-        block = 1 if self.tokens <= 64 else 64
+        scale = jnp.ones(first_tile.shape, jnp.float32)
+        block = 1 if self.tokens <= DECODE_TOKENS else 64
         make = jax.jit(partial(with_work, tokens=self.tokens, block=block))
         return make(*map(jnp.asarray, (lengths, own, rank, first_tile)), scale)
 
     def tiny(self) -> Self:
         few = sorted(set(self.ranks))
         ranks = tuple(few) if len(few) > 1 else self.ranks[:2]
-        return replace(super().tiny(), ranks=ranks, each=1 if self.each == 1 else 8)
+        each = min(self.each, 8 if self.tokens <= DECODE_TOKENS else 40)
+        return replace(super().tiny(), ranks=ranks, each=each)

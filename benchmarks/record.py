@@ -51,7 +51,7 @@ class Recorder:
             "us_min": _short(timing.us_min),
             "us_max": _short(timing.us_max),
             "limit_us": None if limit_us is None else _short(limit_us),
-            "ratio": None if limit_us is None else _short(limit_us / timing.us),
+            "ratio": None if limit_us is None or timing.us <= 0 else _short(limit_us / timing.us),
             "bytes": work.bytes,
             "flops": work.flops,
             **self._circumstances,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of the operations runs, decided in one place.
 
-`mosaic` is Pallas Mosaic GPU: NVIDIA Hopper and later. `xla` is plain `jax.numpy` and runs
+`mosaic` is Pallas Mosaic GPU: NVIDIA Hopper. `xla` is plain `jax.numpy` and runs
 everywhere. Every operation takes `backend`; whoever builds a program decides once and passes it on.
 """
 
@@ -17,7 +17,7 @@ from pallas_kernels.layout import TILE, PageLayout
 
 Backend = Literal["mosaic", "xla"]
 ENVIRONMENT = "SLORA_BACKEND"  # overrides the option; "auto", "mosaic" or "xla"
-LEAST_CAPABILITY = 9.0  # TMA and wgmma
+HOPPER = 9  # the compute capability with TMA and wgmma; later GPUs have other tensor cores
 
 
 class BackendError(ValueError):
@@ -58,13 +58,14 @@ def choose_backend(
 def why_not_mosaic(*, dtype: Any, layout: PageLayout, widths: Sequence[int] = ()) -> str | None:
     """What keeps the Mosaic kernels from running on this process's devices; None: nothing."""
     device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"they need an NVIDIA GPU, and JAX runs on {device.platform}"
-    capability = float(getattr(device, "compute_capability", "0"))
-    if capability < LEAST_CAPABILITY:
+    name = str(getattr(device, "compute_capability", ""))  # of NVIDIA 9.0, of AMD gfx942
+    if device.platform != "gpu" or not name[:1].isdecimal():
+        what = device.platform if device.platform != "gpu" else device.device_kind
+        return f"they need an NVIDIA GPU, and JAX runs on {what}"
+    if int(name.split(".")[0]) != HOPPER:
         return (
-            f"they need compute capability {LEAST_CAPABILITY} (Hopper) or later, "
-            f"and {device.device_kind} has {capability}"
+            f"they are made for wgmma, which compute capability {HOPPER}.x (Hopper) alone has, "
+            f"and {device.device_kind} has {name}"
         )
     return unsupported_shape(dtype=dtype, layout=layout, widths=widths)
 

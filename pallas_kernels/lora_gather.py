@@ -273,7 +273,9 @@ def lora_gather(
                 collective_axes="warpgroup",
             )
 
-    missing = -x.shape[1] % TILE_COLUMNS  # whole tiles only: there is no TMA box of half a tile
+    missing = -x.shape[1] % (
+        unit * TILE_COLUMNS
+    )  # whole copies only: no TMA box ends within a tile
     x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
     result = jax.new_ref(y.reshape(tokens, -1, TILE))
     pl.kernel(

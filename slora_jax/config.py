@@ -99,7 +99,7 @@ class EngineConfig:
         dtype: of weights, KV cache and adapters. "auto": the checkpoint's on an accelerator,
             float32 on CPU, where XLA computes bfloat16 by way of float32 anyway.
         load_format: "dummy" makes random weights of the true shape on the device.
-        kernel_backend: "mosaic" (Pallas Mosaic GPU, NVIDIA Hopper or later) or "xla" (everywhere);
+        kernel_backend: "mosaic" (Pallas Mosaic GPU, NVIDIA Hopper) or "xla" (everywhere);
             "auto": mosaic where it can run. The environment variable SLORA_BACKEND overrides it.
         page_size: S, tokens of a KV page.
         num_pages: pages of the pool, the reserved one included; None: what the device has room for.

@@ -5,8 +5,13 @@ Good for asserting what the compiler made of a program: what is aliased, how lar
 are. Not for speed: nothing is autotuned without a card. Needs the wheels of the `aot` group.
 """
 
+import importlib.util
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
+import pytest
 from jax.experimental import topologies
 from jax.sharding import (
     AbstractDevice,
@@ -18,23 +23,15 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-# A GpuTargetConfig in text form, from NVIDIA's data sheet of the H200 SXM.
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 23 }
-device_description_str: "NVIDIA H200"
-"""
+NEEDS_WHEELS = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="needs the wheels of the aot group: uv run --group aot pytest tests/aot",
+    ),
+]
+# A GpuTargetConfig in text form, as XLA describes an H200 that it finds.
+TARGET = Path(__file__).with_name("h200_target.txt").read_text()
 
 
 def compile_for_h200(jitted, *args, **statics) -> jax.stages.Compiled:
@@ -55,3 +52,18 @@ def compile_for_h200(jitted, *args, **statics) -> jax.stages.Compiled:
     abstract = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
     with use_abstract_mesh(abstract):
         return jitted.trace(*shapes, **statics).lower().compile()
+
+
+def kernels_in(compiled: jax.stages.Compiled) -> list[str]:
+    """The Mosaic kernels that an executable calls, one line of HLO each."""
+    return re.findall(r".* custom-call\(.*mosaic_gpu.*", compiled.as_text())
+
+
+def spilled(output: str) -> dict[str, int]:
+    """Bytes of registers that spill, by kernel, from ptxas's output, which `capfd` captures.
+
+    It reports (`MOSAIC_GPU_DUMP_PTXAS`) when it compiles: once a process for equal kernels.
+    """
+    report = r"entry function '(\w+)'(?:.|\n)*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    found = re.findall(report, output)
+    return {name: int(stores) + int(loads) for name, stores, loads in found}

@@ -1,42 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiler makes of the engine's programs for an H200, without one."""
 
-import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from slora_jax.engine import programs
-from tests.aot.h200 import compile_for_h200
+from tests.aot.h200 import NEEDS_WHEELS, compile_for_h200, kernels_in, spilled
 from tests.engine.shapes import LLAMA_2_7B_4_LAYERS, step_shapes
 
 PAGES = 8192  # 8 GiB: 4 layers of 256 KiB pages
+ROWS, LAYERS = 16, LLAMA_2_7B_4_LAYERS.num_hidden_layers
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="needs the wheels of the aot group: uv run --group aot pytest -m aot",
-    ),
-]
+pytestmark = NEEDS_WHEELS
 
 
-@pytest.mark.parametrize("tokens", [16, 128], ids=["decode", "mixed"])
-@pytest.mark.parametrize("lora_mode", ["none", "all"])
-def test_step_aliases_the_pool(tokens, lora_mode):
+def compiled_step(tokens, lora_mode, backend):
+    """The executable and the bytes of its pool."""
     args, shape = step_shapes(
         LLAMA_2_7B_4_LAYERS,
         pages=PAGES,
-        rows=16,
+        rows=ROWS,
         tokens=tokens,
         lora_mode=lora_mode,
         dtype=jnp.bfloat16,
+        backend=backend,
     )
-    memory = compile_for_h200(programs.model_step, *args, shape=shape).memory_analysis()
-    pool = args[1].size * args[1].dtype.itemsize
+    compiled = compile_for_h200(programs.model_step, *args, shape=shape)
+    return compiled, args[1].size * args[1].dtype.itemsize
+
+
+@pytest.mark.parametrize("tokens", [ROWS, 128], ids=["decode", "mixed"])
+@pytest.mark.parametrize("lora_mode", ["none", "all"])
+def test_xla_step_aliases_the_pool(tokens, lora_mode):
+    compiled, pool = compiled_step(tokens, lora_mode, "xla")
+    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // 8
+    assert not kernels_in(compiled)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lora_mode", "of_layer", "of_head"),
+    [
+        # 4 projections, RoPE with the KV write, attention; LoRA of each projection, for prompts in
+        # two halves.
+        (ROWS, "none", 6, 1),
+        (ROWS, "layers", 6 + 4, 1),
+        (ROWS, "all", 6 + 4, 2),
+        (128, "none", 6, 1),
+        (128, "all", 6 + 4 * 2, 2),
+        (512, "all", 2 + 4 * 2, 2),  # projections of many tokens are XLA's
+    ],
+    ids=lambda value: str(value),
+)
+def test_mosaic_step(capfd, tokens, lora_mode, of_layer, of_head):
+    """Its kernels, all of them in place in the pool, and nothing that grows with it beside."""
+    capfd.readouterr()
+    compiled, pool = compiled_step(tokens, lora_mode, "mosaic")
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < 64 << 20
+    assert not re.findall(rf"bf16\[{LAYERS},{PAGES},\S+ copy.*", text)
+    assert len(kernels_in(compiled)) == LAYERS * of_layer + of_head
+    assert not any(spilled("".join(capfd.readouterr())).values())
 
 
 def test_install_aliases_the_pool():

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.engine.programs import StepShape
@@ -45,6 +46,7 @@ def step_shapes(
     lora_mode: LoraMode,
     dtype: Any,
     max_rank: int = 16,
+    backend: Backend = "xla",
 ) -> tuple[list[Any], StepShape]:
     """Arguments of `programs.model_step`: weights, pool, page table, …, and its static shape."""
     layout = PageLayout(config.num_key_value_heads, config.head_dim, page_size=16)
@@ -57,7 +59,7 @@ def step_shapes(
         max_lora_rank=max_rank,
     )
     bucket = Bucket(tokens, rows, rows, rows + tokens // layout.page_size)
-    shape = StepShape(bucket, tokens == rows, lora_mode, max_rank, config, layout)
+    shape = StepShape(bucket, tokens == rows, lora_mode, max_rank, config, layout, backend)
     weights = jax.eval_shape(lambda: dummy_weights(config, dtype))
     packed = jax.ShapeDtypeStruct((sum(StepInputs.sizes(bucket).values()),), jnp.int32)
     state = jax.eval_shape(lambda: new_state(config, options, layout, dtype))

@@ -59,6 +59,7 @@ def test_shrink_then_expand(pages, ranks, lengths, outputs, inputs, layer):
 DELTA_CASES = {  # layout, ranks, lengths, inputs, outputs, layer; multiples of 64, as Mosaic needs
     "one token": ("llama", [[8]], [1], 64, (64,), 1),
     "outputs in several passes": ("llama", [[8]], [3], 128, (1600,), 0),
+    "an odd number of tiles": ("wide", [[8], [11]], [2, 1], 1088, (576,), 1),
     "unequal ranks": ("llama", [[1], [24], [8], [5]], [1, 3, 2, 1], 640, (576,), 1),
     "fused, some modules missing": (
         "wide",

@@ -1,38 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """One suite for every implementation of the projection of few tokens."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import skinny_matmul
-from pallas_kernels.skinny_matmul import mosaic
-from pallas_kernels.skinny_matmul.tuning import TUNING, Plan
+from pallas_kernels.layout import ceil_div
+from pallas_kernels.skinny_matmul.tuning import LEAST_STAGES, SHARED_BYTES, TUNING, Plan
 from tests.pallas_kernels.pages import assert_close, rounded
 
+H200 = TUNING["NVIDIA H200"]
 SHAPES = {  # tokens, outputs, inputs, and how Mosaic is to deal them out
-    "one token": (1, 128, 128, Plan(64, 1, 2)),
-    "more steps than stages": (8, 128, 320, Plan(128, 1, 2)),
-    "padded tokens": (12, 128, 128, Plan(128, 1, 2)),
-    "a last tile past the outputs": (16, 192, 128, Plan(128, 1, 2)),
-    "inputs split over a cluster": (20, 128, 256, Plan(64, 2, 2)),
-    "a part without a share of the tokens": (8, 64, 192, Plan(64, 2, 2)),
-    "long steps": (16, 128, 256, Plan(128, 1, 2, step=128)),
-    "outputs that no tile divides": (3, 96, 64, Plan(64, 1, 2)),
-    "more than few tokens": (130, 64, 64, Plan(64, 1, 2)),
+    "one token": (1, 128, 128, Plan(64, 1, 3)),
+    "more steps than stages": (8, 128, 320, Plan(128, 1, 3)),
+    "padded tokens": (12, 128, 128, Plan(128, 1, 3)),
+    "a last tile past the outputs": (16, 192, 128, Plan(128, 1, 3)),
+    "a cluster splits the inputs": (20, 128, 320, Plan(64, 2, 3)),
+    "a part without tokens to finish": (8, 64, 192, Plan(64, 2, 3)),
+    "steps of two tiles": (16, 128, 256, Plan(128, 1, 3, step=128)),
+    "staggered": (16, 192, 320, Plan(64, 1, 3, stagger=True)),
+    "odd outputs": (3, 96, 64, Plan(64, 1, 3)),
+    "odd inputs": (3, 64, 96, Plan(64, 1, 3)),
+    "not few tokens": (130, 64, 64, Plan(64, 1, 3)),
 }
-
-
-@pytest.fixture
-def backend(backend, monkeypatch):
-    """Where Mosaic runs in its interpreter, its way of exchanging sums is the one through memory."""
-    return backend
 
 
 @pytest.mark.parametrize(("tokens", "outputs", "inputs", "plan"), SHAPES.values(), ids=SHAPES)
 def test_matmul(backend, dtype, monkeypatch, tokens, outputs, inputs, plan):
+    tuning = replace(H200, plans={(outputs, inputs): plan})
+    monkeypatch.setitem(TUNING, jax.devices()[0].device_kind, tuning)
     rng = np.random.default_rng(0)
     x, w = (rounded(rng.standard_normal((n, inputs))) for n in (tokens, outputs))
+    got = jax.jit(partial(skinny_matmul, backend=backend))(
+        jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+    )
+    assert got.dtype == dtype
+    assert_close(got, x.astype(np.float64) @ w.astype(np.float64).T)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tokens=st.integers(1, 128), outputs=st.integers(1, 500), inputs=st.integers(1, 500))
+def test_every_shape_has_a_plan(tokens, outputs, inputs):
+    """One that fits into shared memory, and in which every token's sum is finished once."""
+    plan = H200.plan(tokens, 64 * outputs, 64 * inputs)
+    assert LEAST_STAGES <= plan.stages(tokens) <= plan.most_stages
+    shares = plan.columns(tokens) // plan.share(tokens)
+    assert ceil_div(tokens, plan.share(tokens)) == shares <= plan.split
+    operands = plan.stages(tokens) * (plan.rows + plan.columns(tokens)) * plan.step * 2
+    results = plan.rows * plan.share(tokens) * (2 + (4 * plan.split if plan.split > 1 else 0))
+    assert operands + results <= SHARED_BYTES

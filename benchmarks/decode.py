@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times whole decode steps of the engine, with and without adapters.
+
+python -m benchmarks.decode --shape llama-2-7b --load dummy --batch 64 --adapters 0,resident,64 \
+    --rank 16 --prompt 256 --output 128 --results benchmarks/results/decode.jsonl
+
+All requests come at once; `step_ms` is the median time from one decode step's tokens to the next
+one's while all of them decode, of several runs the median. `limit_ms` is what the weights take, in
+bytes or in FLOPs, and then the keys and values and the adapters in bytes, at the ceilings measured
+in the same run. The environment variable SLORA_BACKEND chooses the kernels.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.engine_load import Compilations, Load, Run, run_load, start_engine
+from benchmarks.measure import Timing, Work
+from benchmarks.record import Recorder, say
+from benchmarks.shapes import MODELS
+from benchmarks.synthetic import adapter_elems, write_adapters
+from slora_jax.config import LAYER_MODULES, ModelConfig
+
+RESIDENT = "resident"
+
+
+def step_work(config: ModelConfig, load: Load, context: float, item: int) -> tuple[Work, Work]:
+    """What a decode step cannot avoid: with the weights, and beside them."""
+    layers = config.num_hidden_layers
+    of_layer = sum(math.prod(config.projection_shape(module)) for module in LAYER_MODULES)
+    weights = layers * of_layer + math.prod(config.projection_shape("lm_head"))
+    tokens = round(load.batch * context)
+    kv = 2 * layers * config.num_key_value_heads * config.head_dim * tokens
+    attention = 4 * layers * config.num_attention_heads * config.head_dim * tokens
+    lora = adapter_elems(config, load.rank)
+    distinct = min(load.adapters, load.batch)
+    adapted = 2 * load.batch * lora if load.adapters else 0
+    base = Work(weights * item, 2 * load.batch * weights)
+    return base, Work((kv + distinct * lora) * item, attention + adapted)
+
+
+class Benchmark:
+    """Measures loads, one after another, on one engine.
+
+    Args:
+        args: the command's.
+        directory: an empty one, for the model and the adapters.
+    """
+
+    def __init__(self, args: argparse.Namespace, directory: Path):
+        self._args = args
+        self._config = MODELS[args.shape]
+        self._directory = directory
+        self._most = max(int(row) for row in args.adapters if row != RESIDENT)
+        self._recorder = Recorder(args.results)
+        self._limits = self._recorder.ceilings(small=args.shape == "tiny")
+        say("starting the engine")
+        start = time.perf_counter()
+        self.engine = start_engine(directory, self._config, self._load(self._most))
+        jax.block_until_ready(self.engine.runner.state)
+        self._start_s = time.perf_counter() - start
+
+    def _load(self, adapters: int) -> Load:
+        args = self._args
+        return Load(args.batch, args.prompt, args.output, adapters, args.rank)
+
+    def run(self, row: str) -> None:
+        """Measures and records a row: the number of adapters, or `resident`."""
+        load = self._load(0 if row == RESIDENT else int(row))
+        if row != "0" and not any(True for _ in self.engine.adapters):
+            self._read_adapters()
+        with Compilations() as compiled:
+            if row == RESIDENT:
+                run_load(self.engine, self._load(self._most))
+            run_load(self.engine, load)
+        runs = []
+        for _ in range(self._args.repetitions):
+            runs.append(run_load(self.engine, load))
+            say(f"adapters {row}: {1e3 * statistics.median(runs[-1].steps):.3f} ms a step")
+        if self._args.profile is not None:
+            run_load(self.engine, load, trace=self._args.profile / f"adapters-{row}")
+        self._record(load, runs, compiled.seconds)
+
+    def _read_adapters(self) -> None:
+        """Makes the adapters known to the engine; they enter the pool when they are used."""
+        start = time.perf_counter()
+        where, rank = self._directory / "adapters", self._args.rank
+        paths = write_adapters(where, self._config, count=self._most, rank=rank)
+        with ThreadPoolExecutor() as threads:  # checking and packing is NumPy's work
+            list(threads.map(self.engine.load_adapter, paths, paths.values()))
+        say(f"read {self._most} adapters in {time.perf_counter() - start:.1f} s")
+
+    def _record(self, load: Load, runs: list[Run], compile_s: float) -> None:
+        timing = Timing.of([1e6 * statistics.median(run.steps) for run in runs])
+        options = self.engine.options
+        item = jnp.dtype(options.dtype).itemsize
+        base, rest = step_work(self._config, load, runs[0].context, item)
+        limit_us = self._limits.limit_us(base) + 1e6 * rest.bytes / self._limits.bandwidth
+        self._recorder.add(
+            "decode",
+            timing,
+            Work(base.bytes + rest.bytes, base.flops + rest.flops),
+            limit_us,
+            shape=self._args.shape,
+            load=self._args.load,
+            dtype=options.dtype,
+            backend=options.kernel_backend,
+            batch=load.batch,
+            prompt=load.prompt,
+            output=load.output,
+            adapters=load.adapters,
+            resident=len(self.engine.cache.residents),
+            rank=load.rank,
+            step_ms=round(timing.us / 1e3, 3),
+            limit_ms=round(limit_us / 1e3, 3),
+            tokens_per_s=round(1e6 * load.batch / timing.us, 1),
+            ttft_ms=round(1e3 * statistics.median(t for run in runs for t in run.first_token), 1),
+            start_s=round(self._start_s, 2),
+            compile_s=round(compile_s, 2),
+        )
+
+
+def rows(text: str) -> list[str]:
+    """The value of `--adapters`."""
+    found = text.split(",")
+    if not all(row == RESIDENT or row.isdecimal() for row in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers and {RESIDENT!r}")
+    if RESIDENT in found and not any(row.isdecimal() and int(row) for row in found):
+        raise argparse.ArgumentTypeError(f"{RESIDENT!r} needs a number of adapters beside it")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=MODELS, required=True)
+    parser.add_argument("--load", choices=["dummy"], default="dummy", help="random weights")
+    parser.add_argument("--batch", type=int, default=64, help="requests")
+    parser.add_argument(
+        "--adapters",
+        type=rows,
+        default=["0"],
+        metavar="N,…",
+        help="distinct adapters of the requests, a row each; 0: the base model only; "
+        "resident: the same while the adapters of the largest row are in the pool",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a request")
+    parser.add_argument("--output", type=int, default=128, help="tokens that a request gets")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="for traces of some steps")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        benchmark = Benchmark(args, Path(directory))
+        for row in args.adapters:
+            benchmark.run(row)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

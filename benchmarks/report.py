@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes what `benchmarks/results/*.jsonl` say into the README, and a picture of it.
+
+python -m benchmarks.report
+
+Of results of the same thing on the same device, the latest counts.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PLOT = "docs/benchmarks.svg"
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+
+type Line = dict[str, Any]
+
+# What makes two lines results of the same thing, and so one replace the other.
+_IDENTITY = (
+    "device", "benchmark", "case", "model", "backend",
+    "shape", "dtype", "batch", "prompt", "output", "adapters", "rank",
+)  # fmt: skip
+
+
+def read_results(directory: Path = RESULTS) -> list[Line]:
+    """The latest result of everything, in the order in which things were first measured."""
+    files = sorted(directory.glob("*.jsonl"))
+    lines = [json.loads(text) for file in files for text in file.read_text().splitlines() if text]
+    latest: dict[tuple, Line] = {}
+    for line in sorted(lines, key=lambda line: line["date"]):
+        key = (*(line.get(name) for name in _IDENTITY), bool(line.get("resident")))
+        latest[key] = line
+    return list(latest.values())
+
+
+def report(lines: Sequence[Line]) -> str:
+    """Everything between the README's markers; empty without results."""
+    parts = []
+    for device in dict.fromkeys(line["device"] for line in lines):
+        own = [line for line in lines if line["device"] == device]
+        parts += [_heading(device, own), _steps(own), _kernels(own)]
+    if any(map(_is_plotted, lines)):
+        parts.append(f"![Time at the limit over time measured, of every kernel]({PLOT})")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _heading(device: str, lines: Sequence[Line]) -> str:
+    """Where it was measured, and what the device can do at best."""
+    best = {line["case"]: line for line in lines if line["benchmark"] == "ceiling"}
+    jax_versions = ", ".join(sorted({line["jax"] for line in lines}))
+    commits = ", ".join(dict.fromkeys(f"`{line['commit']}`" for line in lines))
+    text = f"Measured on one {device} with JAX {jax_versions}, at {commits}."
+    if len(best) == 3:
+        rate = {name: 1e-6 * line["bytes"] / line["us"] for name, line in best.items()}
+        flops = 1e-6 * best["matmul"]["flops"] / best["matmul"]["us"]
+        text += (
+            f" The limit is what the least traffic and arithmetic take at the best that was "
+            f"measured in the same run: {max(rate['copy'], rate['read']):.2f} TB/s and "
+            f"{flops:.0f} TFLOP/s."
+        )
+    return text
+
+
+def _steps(lines: Sequence[Line]) -> str:
+    rows = [
+        [
+            line["shape"],
+            f"{line['batch']}, {line['prompt']} + {line['output']}",
+            _adapters(line),
+            f"{line['step_ms']:.2f}",
+            f"{line['limit_ms']:.2f}",
+            _percent(line),
+            f"{line['tokens_per_s']:.0f}",
+        ]
+        for line in lines
+        if line["benchmark"] == "decode"
+    ]
+    heads = ("Decode step", "requests, tokens", "adapters", "ms", "limit", "of limit", "tokens/s")
+    return _table(heads, rows)
+
+
+def _adapters(line: Line) -> str:
+    if line["adapters"]:
+        return f"{line['adapters']} of rank {line['rank']}"
+    return f"none used, {line['resident']} resident" if line["resident"] else "none"
+
+
+def _kernels(lines: Sequence[Line]) -> str:
+    """The rows of the target table: each operation's kernel, with XLA beside it."""
+    xla = {_case(line): line for line in lines if line.get("backend") == "xla"}
+    rows = []
+    for line in lines:
+        if line.get("target") and line["backend"] == "mosaic":
+            reference = xla.get(_case(line))
+            rows.append(
+                [
+                    f"`{line['benchmark']}`",
+                    line["case"],
+                    f"{line['us']:.1f}",
+                    f"{line['limit_us']:.1f}",
+                    _percent(line),
+                    f"{reference['us']:.1f}" if reference else "",
+                    f"{100 * line['of_base']:.0f} %" if "of_base" in line else "",
+                ]
+            )
+    heads = ("Kernel", "", "µs", "limit", "of limit", "XLA, µs", "of the base's matmul")
+    return _table(heads, rows)
+
+
+def _case(line: Line) -> tuple:
+    return line["benchmark"], line.get("case"), line.get("model")
+
+
+def _percent(line: Line) -> str:
+    return f"{100 * line['ratio']:.0f} %"
+
+
+def _table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [list(heads), ["---"] * len(rows[0]), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_plotted(line: Line) -> bool:
+    return line.get("backend") == "mosaic" and line["ratio"] is not None
+
+
+def plot(lines: Sequence[Line]) -> str:
+    """A bar for every kernel, as long as its share of what the device can do."""
+    bars = [line for line in lines if _is_plotted(line) and line["benchmark"] != "decode"]
+    row, left, width = 20, 430, 400
+    height = row * (len(bars) + 1)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}"'
+        ' font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for percent in (0, 25, 50, 75, 100):
+        x = left + width * percent // 100
+        parts += [
+            f'<line x1="{x}" x2="{x}" y1="{row}" y2="{height}" stroke="#ccc"/>',
+            f'<text x="{x}" y="14" text-anchor="middle" fill="#666">{percent} %</text>',
+        ]
+    for number, line in enumerate(bars, 1):
+        y, length = number * row, round(width * min(line["ratio"], 1.1))
+        label = escape(f"{line['benchmark']}: {line['case']}")
+        parts += [
+            f'<text x="{left - 6}" y="{y + 14}" text-anchor="end">{label}</text>',
+            f'<rect x="{left}" y="{y + 3}" width="{length}" height="14" fill="#4878a8">'
+            f"<title>{line['us']} µs</title></rect>",
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def updated(readme: str, lines: Sequence[Line]) -> str:
+    """The README with the report between its markers."""
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    text = report(lines)
+    return f"{before}{START}\n{text}\n{END}{after}" if text else f"{before}{START}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
+    lines = read_results()
+    README.write_text(updated(README.read_text(), lines))
+    if any(map(_is_plotted, lines)):
+        (ROOT / PLOT).write_text(plot(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's figures are those of the committed results."""
+
+import json
+from xml.etree import ElementTree
+
+from benchmarks.report import PLOT, README, ROOT, plot, read_results, report, updated
+
+WHERE = {"device": "NVIDIA H200", "jax": "0.11.2", "commit": "abc", "date": "2026-01-01"}
+DECODE = {
+    **WHERE,
+    "benchmark": "paged_decode",
+    "case": "32/8 heads & more",
+    "model": "llama-3-8b",
+    "target": True,
+    "backend": "mosaic",
+    "us": 200.0,
+    "limit_us": 150.0,
+    "ratio": 0.75,
+}
+STEP = {
+    **WHERE,
+    "benchmark": "decode",
+    "backend": "mosaic",
+    "shape": "llama-2-7b",
+    "batch": 64,
+    "prompt": 256,
+    "output": 128,
+    "adapters": 64,
+    "resident": 64,
+    "rank": 16,
+    "step_ms": 7.25,
+    "limit_ms": 6.0,
+    "ratio": 0.83,
+    "tokens_per_s": 8827.6,
+}
+
+
+def test_the_readme_says_what_was_measured():
+    readme = README.read_text()
+    assert updated(readme, read_results()) == readme, "run: python -m benchmarks.report"
+
+
+def test_the_picture_shows_what_was_measured():
+    if (ROOT / PLOT).exists():
+        assert (ROOT / PLOT).read_text() == plot(read_results())
+
+
+def test_without_results_there_is_no_table(tmp_path):
+    assert read_results(tmp_path) == []
+    assert report([]) == ""
+
+
+def test_the_latest_result_counts(tmp_path):
+    later = {**DECODE, "us": 160.0, "date": "2026-01-02"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(later)}\n{json.dumps(STEP)}\n")
+    (tmp_path / "b.jsonl").write_text(f"{json.dumps(DECODE)}\n")
+    lines = read_results(tmp_path)
+    assert sorted(line["benchmark"] for line in lines) == ["decode", "paged_decode"]
+    assert [line["us"] for line in lines if "us" in line] == [160.0]
+
+
+def test_base_only_rows_with_and_without_residents_are_two(tmp_path):
+    rows = [{**STEP, "adapters": 0, "resident": n} for n in (0, 64)]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert len(read_results(tmp_path)) == 2
+
+
+def test_tables():
+    text = report([DECODE, {**DECODE, "backend": "xla", "us": 900.0}, STEP])
+    assert "| `paged_decode` | 32/8 heads & more | 200.0 | 150.0 | 75 % | 900.0 |  |" in text
+    assert "| llama-2-7b | 64, 256 + 128 | 64 of rank 16 | 7.25 | 6.00 | 83 % | 8828 |" in text
+
+
+def test_the_picture_is_well_formed():
+    picture = ElementTree.fromstring(plot([DECODE, STEP]))
+    bars = [e for e in picture if e.tag.endswith("rect") and len(e)]
+    assert [bar.get("width") for bar in bars] == ["300"]

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Mosaic kernel on the card, in the shapes of true models, against float32 or float64.
+
+The pool of Llama 2 7B has more elements than 32 bits can count, and its last pages are used.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.shapes import KERNEL_SHAPES
+from pallas_kernels import (
+    PageLayout,
+    kv_write,
+    lora_delta,
+    paged_decode,
+    paged_prefill,
+    rope_kv_write,
+    skinny_matmul,
+)
+from pallas_kernels.layout import ceil_div
+from tests.gpu.compare import BF16, LAYER, agree, at_the_end, in_float32, kv_pool, run, unequal
+from tests.pallas_kernels.pages import Pages, RandomAdapters
+
+LARGE = "llama-2-7b"
+RAGGED = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024]
+
+
+@pytest.fixture(params=KERNEL_SHAPES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def config(name):
+    return KERNEL_SHAPES[name]
+
+
+@pytest.fixture
+def layout(config) -> PageLayout:
+    return PageLayout(config.num_key_value_heads, config.head_dim, page_size=16)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, BF16)
+
+
+def ints(x):
+    return jnp.asarray(x, jnp.int32)
+
+
+def test_writes(name, config, layout):
+    check_writes(layout, config.num_attention_heads, large=name == LARGE)
+
+
+def check_writes(layout, heads, large, tokens=67):
+    """One token a page, the last three padding; nothing else of the pool is touched."""
+    kv_heads, head_dim, size = layout.kv_heads, layout.head_dim, layout.page_size
+    pool = jnp.full((2, tokens, layout.page_elems), jnp.nan, BF16)
+    page = ints(np.random.default_rng(0).permutation(tokens))
+    offset = jnp.arange(tokens) % size
+    if large:
+        pool, page = at_the_end(pool, page)
+    page = page.at[-3:].set(pool.shape[1])
+    static = {"layout": layout, "backend": "mosaic"}
+    where = page, offset
+
+    def rows(pool):
+        """Of all tokens that aren't padding, `[T - 3, 2, K, D]`; and there are no others."""
+        view = pool.reshape(*pool.shape[:2], 2, kv_heads, size, head_dim)
+        assert int(jnp.isfinite(pool).sum()) == 2 * (tokens - 3) * kv_heads * head_dim
+        return view[LAYER, page[:-3], :, :, offset[:-3]]
+
+    k, v = normal(2, tokens, kv_heads, head_dim), normal(3, tokens, kv_heads, head_dim)
+    write = jax.jit(partial(kv_write, **static), donate_argnums=0)
+    got = write(pool + 0, ints(LAYER), k, v, *where)
+    np.testing.assert_array_equal(rows(got), jnp.stack([k, v], axis=1)[:-3])
+    del got
+
+    qkv = normal(1, tokens, (heads + 2 * kv_heads) * head_dim)
+    angle = np.random.default_rng(1).uniform(0, 7, (tokens, head_dim // 2)).astype(np.float32)
+    cos, sin = (jnp.asarray(f(angle)) for f in (np.cos, np.sin))
+    write = jax.jit(partial(rope_kv_write, heads=heads, **static), donate_argnums=0)
+    q, got = write(pool + 0, ints(LAYER), qkv, cos, sin, *where)
+    x = np.asarray(qkv, np.float64).reshape(tokens, -1, head_dim)
+    want, v = rotated(x[:, : heads + kv_heads], cos, sin), x[:, heads + kv_heads :]
+    agree(q, want[:, :heads])
+    agree(rows(got)[:, 0], want[:-3, heads:])
+    np.testing.assert_array_equal(np.asarray(rows(got)[:, 1], np.float64), v[:-3])
+    q_again, again = write(pool + 0, ints(LAYER), qkv, cos, sin, *where)
+    assert int(unequal(q, q_again)) == int(unequal(got, again)) == 0
+
+
+def rotated(x, cos, sin):
+    """Rotary embedding in float64, of angles in bfloat16."""
+    first, second = np.split(x, 2, axis=-1)
+    c, s = (np.asarray(a.astype(BF16), np.float64)[:, None] for a in (cos, sin))
+    return np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+
+
+CONTEXTS = {
+    "batch": RAGGED + [int(n) for n in np.random.default_rng(0).integers(1, 2049, 46)],
+    "few requests": [5000, 0, 77],  # whose contexts are split
+}
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS.values(), ids=CONTEXTS)
+def test_decode(name, config, layout, contexts):
+    check_decode(layout, config.num_attention_heads, contexts, large=name == LARGE)
+
+
+def check_decode(layout, heads, contexts, large):
+    pool, table = kv_pool(layout, contexts, columns=-(-max(contexts) // 16) + 3)
+    q, lengths = normal(1, len(contexts), heads, layout.head_dim), ints(contexts)
+    want = in_float32(partial(paged_decode, layout=layout), q, pool, ints(LAYER), table, lengths)
+    if large:
+        pool, table = at_the_end(pool, table)
+    attend = partial(paged_decode, layout=layout, backend="mosaic")
+    agree(run(attend, q, pool, ints(LAYER), table, lengths), want)
+
+
+def test_prefill(config, layout):
+    lengths = [1, 1, 1, 200, 15, 16, 17, 64, 3, 0, 0, 128]
+    contexts = [1, 17, 900, 200, 31, 16, 1000, 64, 131, 0, 0, 640]
+    check_prefill(layout, config.num_attention_heads, lengths, contexts)
+
+
+def check_prefill(layout, heads, lengths, contexts, gap=5):
+    """Requests in another order than their tokens, a gap before each: nobody's tokens are 0."""
+    order = np.random.default_rng(0).permutation(len(lengths))
+    starts, tokens = np.zeros(len(lengths), int), 0
+    for b in order:
+        starts[b] = tokens + gap * (lengths[b] > 0)
+        tokens = starts[b] + lengths[b]
+    tokens += gap
+    pool, table = kv_pool(layout, contexts, columns=-(-max(contexts) // 16) + 2)
+    q = normal(1, tokens, heads, layout.head_dim)
+    args = q, pool, ints(LAYER), table, ints(starts), ints(lengths), ints(contexts)
+    want = in_float32(partial(paged_prefill, layout=layout), *args)
+    agree(run(partial(paged_prefill, layout=layout, backend="mosaic"), *args), want)
+
+
+def linears(config) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Inputs and outputs of the fused projections of a layer."""
+    fused = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+    names = "qkv", "o", "gate_up", "down"
+    return {
+        name: (
+            config.projection_shape(parts[0])[0],
+            tuple(config.projection_shape(n)[1] for n in parts),
+        )
+        for name, parts in zip(names, fused, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("which", "tokens"), [("qkv", 64), ("o", 1), ("gate_up", 100), ("down", 128), ("down", 13)]
+)
+def test_matmul(config, which, tokens):
+    inputs, outputs = linears(config)[which]
+    check_matmul(tokens, inputs, sum(outputs))
+
+
+def check_matmul(tokens, inputs, outputs):
+    x, w = normal(0, tokens, inputs), normal(1, outputs, inputs)
+    agree(run(partial(skinny_matmul, backend="mosaic"), x, w), in_float32(skinny_matmul, x, w))
+
+
+RANKS = [16, 1, 256, 7, 64, 100, 8, 33]
+LORA = [
+    (LARGE, "qkv"),
+    ("llama-2-13b", "down"),
+    ("llama-3-8b", "qkv"),
+    ("llama-3-8b", "gate_up"),
+    ("llama-3-70b/8", "qkv"),
+]
+
+
+@pytest.mark.parametrize(("name", "which"), LORA)
+def test_lora_of_single_tokens(name, config, layout, which):
+    lengths = [1, 9, 3, 0, 1, 30, 2, 5]
+    check_lora(layout, *linears(config)[which], RANKS, lengths, 1, large=name == LARGE)
+
+
+@pytest.mark.parametrize(("name", "which"), LORA)
+def test_lora_of_prompts(name, config, layout, which):
+    lengths = [100, 1, 65, 0, 63, 129, 1, 20]
+    check_lora(layout, *linears(config)[which], RANKS, lengths, 64, large=name == LARGE)
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b"])
+def test_lora_of_the_head(config, layout):
+    """Tiles of a module that belongs to no layer are spread over the slots of all layers."""
+    inputs, outputs = config.projection_shape("lm_head")
+    check_lora(layout, inputs, (outputs,), RANKS[:4], [1, 3, 1, 2], 1, layer=None)
+
+
+def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, large=False):
+    tokens = sum(lengths) + 5  # the last five are the base model's
+    # An adapter's modules have unequal ranks, and here and there one is missing.
+    table = [
+        [r if (g + m) % 3 else 8 * m for m in range(len(outputs))] for g, r in enumerate(ranks)
+    ]
+    if len(outputs) == 1:
+        table = [[r] for r in ranks]
+    tiles = [
+        sum(layout.module_tiles(*shape) for shape in zip(line, [inputs] * 3, outputs, strict=False))
+        for line in table
+    ]
+    pages_each = ceil_div(max(tiles), layout.tiles_per_page)
+    pages = Pages(layout, layers=2, pages=pages_each * len(ranks) + 1)
+    shape = table, lengths, inputs, outputs, layer, tokens, pages_each, block
+    lora = RandomAdapters(pages, *shape)
+    x, y = normal(1, tokens, inputs), normal(2, tokens, sum(outputs))
+    h = lora.shrink(np.asarray(x, np.float64), max(ranks))
+    want = lora.expand(np.asarray(y, np.float64), h, outputs)
+
+    pool, adapters = jnp.asarray(pages.pool.astype(BF16)), lora.adapters
+    if large:
+        pool, numbers = at_the_end(pool, adapters.pages)
+        adapters = replace(adapters, pages=numbers)
+    line = None if layer is None else ints(layer)
+    static = {"modules": lora.modules, "max_rank": max(ranks), "layout": layout}
+
+    def delta(x, y, pool, adapters):
+        return lora_delta(x, y, pool, line, adapters, **static, backend="mosaic")
+
+    got = run(delta, x, y, pool, adapters)
+    agree(got, want)
+    base = sum(lengths)
+    assert int(unequal(got[base:], y[base:])) == 0

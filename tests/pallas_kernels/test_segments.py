@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of LoRA work that a step's kernels share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.segments import with_work
+
+SEGMENTS, LINES, MODULES = 5, 3, 2
+make = jax.jit(with_work, static_argnames=("tokens", "block"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    ends=st.lists(st.floats(0, 1), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted),
+    tokens=st.sampled_from([3, 130]),
+    block=st.sampled_from([1, 8, 64]),
+    seed=st.integers(0, 99),
+)
+def test_every_token_is_in_one_line(ends, tokens, block, seed):
+    lengths = np.diff(np.round(np.array(ends) * tokens).astype(int), prepend=0)
+    rng, shape = np.random.default_rng(seed), (SEGMENTS, LINES, MODULES)
+    rank, first_tile = rng.integers(0, 40, shape), rng.integers(0, 999, shape)
+    scale = rng.random(shape).astype(np.float32)
+    ints = (jnp.asarray(x, jnp.int32) for x in (lengths, np.zeros((SEGMENTS, 2)), rank, first_tile))
+    made = make(*ints, jnp.asarray(scale), tokens=tokens, block=block)
+    assert made.block == block
+
+    work, owner = np.asarray(made.work), np.repeat(np.arange(SEGMENTS), lengths)
+    assert work.shape[:2] == (LINES, MODULES)
+    # All but the ranks, tiles and scales is the same for every module.
+    first, size, _, _, segment = np.moveaxis(work[..., :5], -1, 0)
+    for field in first, size, segment:
+        assert (field == field[0, 0]).all()
+    first, size, segment = first[0, 0], size[0, 0], segment[0, 0]
+    used = size > 0
+    assert not used[np.argmin(used) :].any() or used.all()  # empty lines come last
+    seen = np.zeros(len(owner), int)
+    for line in np.flatnonzero(used):
+        mine = slice(first[line], first[line] + size[line])
+        seen[mine] += 1
+        assert (owner[mine] == segment[line]).all()
+        # A kernel takes a line's tokens in `block` rows that start at a multiple of it.
+        assert first[line] // block == (first[line] + size[line] - 1) // block
+    np.testing.assert_array_equal(seen, 1)
+
+    for line in np.flatnonzero(used):
+        np.testing.assert_array_equal(work[:, :, line, 2], -(-rank[segment[line]] // 8))
+        np.testing.assert_array_equal(work[:, :, line, 3], first_tile[segment[line]])
+        np.testing.assert_array_equal(made.work_scale[:, :, line], scale[segment[line]])
+    largest = rank.sum((1, 2))[segment[used]]
+    assert (np.diff(largest) <= 0).all()  # the last ones to start are not the longest
