@@ -129,12 +129,12 @@ def _table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_plotted(line: Line) -> bool:
-    return line.get("backend") == "mosaic" and line["ratio"] is not None
+    return line["benchmark"] != "decode" and line.get("backend") == "mosaic"
 
 
 def plot(lines: Sequence[Line]) -> str:
     """A bar for every kernel, as long as its share of what the device can do."""
-    bars = [line for line in lines if _is_plotted(line) and line["benchmark"] != "decode"]
+    bars = [line for line in lines if _is_plotted(line)]
     row, left, width = 20, 430, 400
     height = row * (len(bars) + 1)
     parts = [

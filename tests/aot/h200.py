@@ -26,7 +26,7 @@ from jax.sharding import (
 NEEDS_WHEELS = [
     pytest.mark.aot,
     pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
         reason="needs the wheels of the aot group: uv run --group aot pytest tests/aot",
     ),
 ]
