@@ -273,10 +273,9 @@ def lora_gather(
                 collective_axes="warpgroup",
             )
 
-    missing = -x.shape[1] % (
-        unit * TILE_COLUMNS
-    )  # whole copies only: no TMA box ends within a tile
-    x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+    missing = -x.shape[1] % (unit * TILE_COLUMNS)
+    if missing:  # whole copies only: no TMA box ends within a tile
+        x = jnp.pad(x, ((0, 0), (0, missing)))
     result = jax.new_ref(y.reshape(tokens, -1, TILE))
     pl.kernel(
         body,

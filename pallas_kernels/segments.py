@@ -10,8 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import SLAB_RANKS, ceil_div
 
-MOST_TOKENS = 8  # of a block: 8 tokens of 8 column groups are wgmma's 64 rows
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -72,13 +70,14 @@ def with_work(
     scale: Float[Array, "G lines M"],
     *,
     tokens: int,
-    block: int = MOST_TOKENS,
+    block: int = 1,
 ) -> Adapters:
     """The adapters of a step of at most `tokens` tokens, cut at multiples of `block`.
 
     Made once a step for all layers: a kernel finds a block's work in one line of `work`: its first
     token, tokens, slabs, first tile of A and segment, and in `work_scale` the scale. Lines without
-    tokens come last.
+    tokens come last. Blocks of 1 are for decode, where tokens are single; of 64, the rows of a
+    tensor-core operand, for prompts.
     """
     segments = length.shape[0]
     count = min(tokens, segments + tokens // block)
