@@ -10,8 +10,8 @@ The tensor cores work on tiles as they lie in the pool (`layout.py`), by leaving
 product unused.
     Shrink: a tile `[(j, i), 64]` times x `[j', 64]`ᵀ holds rank i's partial sum of column group j
     where j = j'. The rest is masked and the sum over j taken at the end.
-    Expand: a tile transposed, `[64, (j', i)]`, times h spread out as `[(j', i), j]`, zero where
-    j ≠ j', gives 64 outputs of each of 8 groups.
+    Expand: h spread out as `[j, (j', i)]`, zero where j ≠ j', times a tile `[(j', i), 64]` gives 8
+    groups of 64 outputs.
 h stays float32: as a tensor-core operand it is two numbers of the model's dtype, high and low.
 """
 
@@ -26,12 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
-from pallas_kernels.mosaic import ROWS, accumulator, iota, swizzled
+from pallas_kernels.mosaic import COLUMNS, accumulator, iota, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
 MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
-HELD_TILES = 8  # of outputs that a CTA sums in registers at a time: 8 registers a tile
+HELD_TILES = 2  # of outputs that a CTA sums in registers at a time: 32 registers a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +175,19 @@ def lora_gather(
                 pl.when(step + stages < steps)(lambda: plgpu.barrier_arrive(free.at[stage]))
 
             def compute() -> None:
-                row, column = (iota(TILE, GROUPS, d) for d in (0, 1))
-                own = lax.shift_right_logical(row, 3) == column
+                row, column = (iota(TILE, TILE, d) for d in (0, 1))
+                diagonal = lax.bitwise_and(row, 7) == lax.shift_right_logical(column, 3)
+                narrow_row, narrow_column = (iota(TILE, 8, d) for d in (0, 1))
+                own = lax.shift_right_logical(narrow_row, 3) == narrow_column
 
                 def spread_out(h: jax.Array, slab: Any) -> None:
-                    """h of a slab, as 8 rows of high and 8 of low."""
-                    values = lax.broadcast_in_dim(h * scale, (TILE, GROUPS), [0])
-                    values = jnp.where(own, values, 0.0)
+                    """h of a slab, as 8 rows of high and 8 of low; then 48 rows of nothing."""
+                    values = lax.broadcast_in_dim(h * scale, (TILE, TILE), [1])
+                    values = jnp.where(diagonal, values, 0.0)
                     high = values.astype(dtype)
                     low = (values - high.astype(jnp.float32)).astype(dtype)
-                    for part, first in ((high, 0), (low, GROUPS)):
-                        spread.at[slab, pl.ds(first, GROUPS)].transpose((1, 0))[...] = part
+                    rows = pl.ds(pl.multiple_of(slab * 16, 8), TILE)
+                    spread[rows] = jnp.where(row < 8, high, low)
 
                 plgpu.barrier_wait(x_ready)
 
@@ -203,7 +205,7 @@ def lora_gather(
 
                         return acc[...]
 
-                    acc = pl.run_scoped(products, accumulator(TILE, GROUPS))
+                    acc = pl.run_scoped(products, accumulator(TILE, 8))
                     sums = jnp.where(own, acc, 0.0).sum(axis=1)
                     # Twice in a row: the sum over j comes out 8 times over, by 8 moved loads.
                     sums_smem[pl.ds(0, TILE)] = sums
@@ -222,7 +224,7 @@ def lora_gather(
 
                         @pl.loop(0, slabs)
                         def _(slab):
-                            h = spread.at[slab].transpose((1, 0))  # [(j', i), high and low of j]
+                            rows = pl.multiple_of(slab * 16, 8)
                             for u in range(held):
 
                                 @pl.when(u < here)
@@ -230,20 +232,21 @@ def lora_gather(
                                     def multiply(stage_tiles):
                                         for t in range(unit):
                                             tile = stage_tiles.at[pl.ds(t * TILE, TILE)]
-                                            plgpu.wgmma(
-                                                accs[u * unit + t], tile.transpose((1, 0)), h
-                                            )
+                                            acc = accs[u * unit + t]
+                                            for low in (0, 8):
+                                                h = spread.at[pl.ds(rows + low, TILE)]
+                                                plgpu.wgmma(acc, h, tile)
 
                                     consume(a_steps + done * slabs + slab * here + u, multiply)
 
                         return [acc[...] for acc in accs]
 
-                    accumulators = [accumulator(TILE, 2 * GROUPS)] * (held * unit)
-                    for t, sums in enumerate(pl.run_scoped(products, *accumulators)):
-                        delta = sums[:, :GROUPS] + sums[:, GROUPS:]
-                        rows = pl.ds((done * unit + t) * GROUPS, GROUPS)
-                        ys = y_smem.at[rows].transpose((1, 0))
-                        ys[...] = (ys[...].astype(jnp.float32) + delta).astype(dtype)
+                    accumulators = [accumulator(TILE, TILE)] * (held * unit)
+                    for t, delta in enumerate(pl.run_scoped(products, *accumulators)):
+                        ys = y_smem.at[pl.ds((done * unit + t) * GROUPS, TILE)]
+                        old = ys[...]
+                        new = (old.astype(jnp.float32) + delta).astype(dtype)
+                        ys[...] = jnp.where(row < GROUPS, new, old)
                 plgpu.commit_smem()
                 for_tiles(lambda row, smem: plgpu.copy_smem_to_gmem(smem, row), lambda: None)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -258,10 +261,10 @@ def lora_gather(
                 run,
                 (
                     plgpu.SMEM((x_tiles, 8, TILE), dtype, transforms=swizzled()),
-                    plgpu.SMEM((y_tiles * GROUPS, TILE), dtype),
+                    plgpu.SMEM((y_tiles * GROUPS + TILE - GROUPS, TILE), dtype),
                     plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=swizzled()),
                     plgpu.SMEM((2 * TILE,), jnp.float32),
-                    plgpu.SMEM((most_slabs, 2 * GROUPS, TILE), dtype, transforms=swizzled()),
+                    plgpu.SMEM((16 * most_slabs + TILE, TILE), dtype, transforms=swizzled()),
                 ),
                 plgpu.Barrier(num_arrivals=x_tiles),
                 plgpu.Barrier(num_arrivals=y_tiles),
@@ -298,5 +301,5 @@ def lora_gather(
 
 
 def vector(ref: Any) -> jax.Array:
-    """64 numbers, one a row of a wgmma's result."""
-    return plgpu.load(ref, layout=ROWS, optimized=False)
+    """64 numbers, one a column of a WGMMA tile."""
+    return plgpu.load(ref, layout=COLUMNS, optimized=False)
