@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of the operations runs, decided in one place.
 
-`mosaic` is Pallas Mosaic GPU: NVIDIA Hopper. `xla` is plain `jax.numpy` and runs
-everywhere. Every operation takes `backend`; whoever builds a program decides once and passes it on.
+`mosaic` is Pallas Mosaic GPU, for NVIDIA Hopper; `xla` is plain `jax.numpy` and runs everywhere.
+Operations that have both take `backend`; whoever builds a program decides once and passes it on.
 """
 
 import os

@@ -26,10 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.lora_tiles import GROUPS, choose, tile_rows, tiled_pool
 from pallas_kernels.mosaic import COLUMNS, accumulator, iota, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
-GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
 MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
 HELD_TILES = 2  # of outputs that a CTA sums in registers at a time: 32 registers a tile
 
@@ -64,7 +64,7 @@ def lora_gather(
     tuning: Tuning,
 ) -> jax.Array:
     """`y + s · (x Aᵀ) Bᵀ`; the lines of `adapters.work` are single tokens."""
-    dtype, layers, pages = pool.dtype, pool.shape[0], pool.shape[1]
+    dtype, layers = pool.dtype, pool.shape[0]
     tokens = x.shape[0]
     most_slabs = ceil_div(max_rank, SLAB_RANKS)
     line = jnp.int32(layers) if layer is None else layer
@@ -93,10 +93,7 @@ def lora_gather(
         scale = scales[where]
 
         def of_module(values: Sequence[int]) -> Any:
-            chosen = jnp.int32(values[0])
-            for m, value in enumerate(values[1:], 1):
-                chosen = jnp.where(module == m, jnp.int32(value), chosen)
-            return chosen
+            return choose(module, values)
 
         def run(smem, x_ready, y_ready, ready, free) -> None:
             x_smem, y_smem, tiles, sums_smem, spread = smem
@@ -132,18 +129,20 @@ def lora_gather(
 
                 def fetch(step: Any, tile: Any) -> None:
                     stage = lax.rem(step, jnp.int32(stages))
-                    slot = lax.div(tile, jnp.int32(layout.tiles_per_page))
-                    row = (tile - slot * layout.tiles_per_page) * TILE
-                    page_of, slot_layer = slot, line_gmem[0]
-                    if layer is None:  # the slots of all layers, page after page
-                        page_of = lax.div(slot, jnp.int32(layers))
-                        slot_layer = slot - page_of * layers
-                    page = page_list[segment, page_of]
-                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
-                    rows = pl.ds(pl.multiple_of(row, TILE), unit * TILE)
-                    plgpu.copy_gmem_to_smem(
-                        pool_gmem.at[slot_layer, page, rows], tiles.at[stage], ready.at[stage]
+                    # Found before the wait, which hides the time that looking up a page takes.
+                    source = tile_rows(
+                        pool_gmem,
+                        page_list,
+                        line_gmem[0],
+                        segment,
+                        tile,
+                        0,
+                        unit * TILE,
+                        spread=layer is None,
+                        layout=layout,
                     )
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
+                    plgpu.copy_gmem_to_smem(source, tiles.at[stage], ready.at[stage])
 
                 def fetch_slabs(step: Any, tile: Any, stride: Any, copies: Any) -> None:
                     @pl.loop(0, slabs)
@@ -291,7 +290,7 @@ def lora_gather(
     )(
         result,
         x.reshape(tokens, -1, TILE),  # pyright: ignore[reportCallIssue]
-        pool.reshape(layers, pages, layout.tiles_per_page * TILE, TILE),
+        tiled_pool(pool, layout),
         line.reshape(1).astype(jnp.int32),
         adapters.work,
         adapters.work_scale,

@@ -8,7 +8,6 @@ parts, one of each split of the inputs, slab by slab; the slabs of a block are c
 modules. `lora_grouped_expand.py` is the other half.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.lora_tiles import GROUPS, choose, tile_rows, tiled_pool
 from pallas_kernels.mosaic import accumulator, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 ROWS = 64  # of a wgmma, in which a block lies
-GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
 SLOTS = 8  # slabs that shrink sums at a time
 
 
@@ -62,34 +61,6 @@ class Work:
         for count in self.slabs:
             sums.append(sums[-1] + count)
         return sums
-
-
-def choose(index: Any, values: Sequence[Any]) -> Any:
-    """`values[index]`, of a static list."""
-    chosen = jnp.int32(values[0])
-    for i, value in enumerate(values[1:], 1):
-        chosen = jnp.where(index == i, jnp.int32(value), chosen)
-    return chosen
-
-
-def tile_rows(pool, pages, layer, segment, tile, first_row, rows, *, spread, layout):
-    """Some rows of a tile of a segment's adapter, `[rows, 64]` in memory; see `tile_address`.
-
-    Args:
-        pool: `[L, P, tiles * 64, 64]`.
-        spread: the tiles fill the slots of all layers, page after page.
-    """
-    slot = lax.div(tile, jnp.int32(layout.tiles_per_page))
-    row = (tile - slot * layout.tiles_per_page) * TILE + first_row
-    page_of = slot
-    if spread:
-        page_of = lax.div(slot, jnp.int32(pool.shape[0]))
-        layer = slot - page_of * pool.shape[0]
-    return pool.at[layer, pages[segment, page_of], pl.ds(pl.multiple_of(row, rows), rows)]
-
-
-def tiled_pool(pool: jax.Array, layout: PageLayout) -> jax.Array:
-    return pool.reshape(*pool.shape[:2], layout.tiles_per_page * TILE, TILE)
 
 
 def grouped_shrink(

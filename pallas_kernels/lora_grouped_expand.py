@@ -13,14 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, PageLayout, ceil_div
-from pallas_kernels.lora_grouped import (
-    GROUPS,
-    ROWS,
-    Work,
-    choose,
-    tile_rows,
-    tiled_pool,
-)
+from pallas_kernels.lora_grouped import ROWS, Work
+from pallas_kernels.lora_tiles import GROUPS, choose, tile_rows, tiled_pool
 from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
 from pallas_kernels.segments import Adapters, Modules
 

@@ -11,7 +11,7 @@ from pallas_kernels.layout import TILE
 
 ALIGN = 8  # rows of a swizzled tile: copies and operands start at multiples of it
 WGMMA = plgpu.Layout.WGMMA
-ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors as long as a matrix's rows, columns
+COLUMNS = WGMMA.reduce(0)  # of a vector with one number a column
 
 
 def swizzled(columns: int = TILE, itemsize: int = 2, rows: int = ALIGN) -> tuple[Any, ...]:

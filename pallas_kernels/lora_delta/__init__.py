@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA whole: inputs to ranks to outputs, added to the base model's, in one launch."""
+"""LoRA whole: inputs to ranks to outputs, added to the base model's."""
 
 from jaxtyping import Array, Float, Int
 
@@ -23,7 +23,8 @@ def lora_delta(
 ) -> Float[Array, "T O"]:
     """`y + s · (x Aᵀ) Bᵀ`, each token with its own adapter's A, B and scale s.
 
-    What `lora_expand` of `lora_shrink` gives, without h going to memory and a second launch.
+    What `lora_expand` of `lora_shrink` gives; for single tokens (`adapters.block` 1) in one launch,
+    h not going to memory.
 
     Args:
         x: the projection's input.

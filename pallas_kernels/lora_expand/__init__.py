@@ -3,7 +3,6 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.lora_expand import reference
 from pallas_kernels.segments import Adapters, Modules
@@ -18,9 +17,10 @@ def lora_expand(
     *,
     modules: Modules,
     layout: PageLayout,
-    backend: Backend = "xla",
 ) -> Float[Array, "T O"]:
     """`y + s · h Bᵀ`, each token with its own adapter's B and scale s.
+
+    On its own it has XLA's implementation only; `lora_delta` is the fast way through both halves.
 
     Args:
         y: the base model's output, modules side by side.

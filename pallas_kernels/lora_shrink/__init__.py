@@ -3,7 +3,6 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.lora_shrink import reference
 from pallas_kernels.segments import Adapters, Modules
@@ -18,11 +17,11 @@ def lora_shrink(
     modules: Modules,
     max_rank: int,
     layout: PageLayout,
-    backend: Backend = "xla",
 ) -> Float[Array, "T M R"]:
     """`h = x Aᵀ` of each token with its own adapter's A, for M modules that share their input.
 
     (S-LoRA section 5.3, MBGMM and MBGMV in one: segments of one token are the gather form.)
+    On its own it has XLA's implementation only; `lora_delta` is the fast way through both halves.
 
     Args:
         layer: in `[0, L)`; None for `lm_head`, whose tiles are spread over all layers.

@@ -184,8 +184,7 @@ def embed(
     modules = _outer("embed_tokens", config)
     size = {"max_rank": lora.max_rank, "layout": lora.layout}
     h = lora_lookup(tokens, pool, lora.adapters, modules=modules, **size)
-    where = {"modules": modules, "layout": lora.layout, "backend": lora.backend}
-    return lora_expand(x, h, pool, None, lora.adapters, **where)
+    return lora_expand(x, h, pool, None, lora.adapters, modules=modules, layout=lora.layout)
 
 
 def head(

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How LoRA's Mosaic GPU kernels find an adapter's tiles."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.layout import TILE, TILE_COLUMNS, PageLayout
+
+GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
+
+
+def choose(index: Any, values: Sequence[Any]) -> Any:
+    """`values[index]`, of a static list."""
+    chosen = jnp.int32(values[0])
+    for i, value in enumerate(values[1:], 1):
+        chosen = jnp.where(index == i, jnp.int32(value), chosen)
+    return chosen
+
+
+def tile_rows(pool, pages, layer, segment, tile, first_row, rows, *, spread, layout):
+    """Some rows of a tile of a segment's adapter, `[rows, 64]` in memory; see `tile_address`.
+
+    Args:
+        pool: `[L, P, tiles * 64, 64]`.
+        spread: the tiles fill the slots of all layers, page after page.
+    """
+    slot = lax.div(tile, jnp.int32(layout.tiles_per_page))
+    row = (tile - slot * layout.tiles_per_page) * TILE + first_row
+    page_of = slot
+    if spread:
+        page_of = lax.div(slot, jnp.int32(pool.shape[0]))
+        layer = slot - page_of * pool.shape[0]
+    return pool.at[layer, pages[segment, page_of], pl.ds(pl.multiple_of(row, rows), rows)]
+
+
+def tiled_pool(pool: jax.Array, layout: PageLayout) -> jax.Array:
+    return pool.reshape(*pool.shape[:2], layout.tiles_per_page * TILE, TILE)
