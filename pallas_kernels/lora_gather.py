@@ -2,16 +2,16 @@
 """LoRA of single tokens over paged adapters: shrink, expand and add in one Mosaic GPU kernel.
 
 The gather form, for decode: every token reads its own adapter's A and B once, which is all the time
-there is. A CTA does one module of one token; its loader runs ahead, through A and on into B. Where
-tokens are few, `parts` CTAs share a module's outputs: all of them multiply the whole of A, which
-the others then find in the L2 cache, so that none waits for another.
+there is. The CTAs of a cluster do one module of one token: each multiplies its share of A's columns
+and, once they have told each other their sums, its share of B's outputs. A CTA's loader runs ahead,
+through A and on into B.
 
 The tensor cores work on tiles as they lie in the pool (`layout.py`), by leaving most of each
 product unused.
     Shrink: a tile `[(j, i), 64]` times x `[j', 64]`ᵀ holds rank i's partial sum of column group j
     where j = j'. The rest is masked and the sum over j taken at the end.
-    Expand: h spread out as `[j, (j', i)]`, zero where j ≠ j', times a tile `[(j', i), 64]` gives 8
-    groups of 64 outputs.
+    Expand: a tile transposed, `[64, (j', i)]`, times h spread out as `[(j', i), j]`, zero where
+    j ≠ j', gives 64 outputs of each of 8 groups.
 h stays float32: as a tensor-core operand it is two numbers of the model's dtype, high and low.
 """
 
@@ -25,13 +25,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.backend import interpreted
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
-from pallas_kernels.lora_tiles import GROUPS, choose, tile_rows, tiled_pool
-from pallas_kernels.mosaic import COLUMNS, accumulator, iota, swizzled
+from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
+from pallas_kernels.mosaic import WGMMA, accumulator, choose, iota, store, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
-HELD_TILES = 2  # of outputs that a CTA sums in registers at a time: 32 registers a tile
+HELD_TILES = 8  # of outputs that a CTA sums in registers at a time: 8 registers a tile
+ROUND = 8  # slabs whose sums the CTAs of a cluster exchange at a time: a column each
+CLUSTERS = (1, 2, 4, 8)  # CTAs of a portable cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Tuning:
     """Constants of the kernel.
 
     Attributes:
-        ctas: CTAs that the GPU should be given, if outputs can be shared among so many.
-        most_parts: most CTAs that share a token's module.
+        ctas: CTAs that the GPU should be given, if a module can be shared among so many.
+        most_parts: most CTAs that share a token's module, unless its outputs need more.
         stages: copies of adapter tiles that a CTA has in flight.
         copy_tiles: tiles of a copy, where the layout allows.
     """
@@ -77,14 +80,19 @@ def lora_gather(
 
     a_copies, b_copies = copies_of(modules.inputs), [copies_of(n) for n in modules.outputs]
     parts = ceil_div(tuning.ctas, blocks * modules.count)
-    parts = max(1, min(parts, tuning.most_parts, max(b_copies)))
+    parts = min(parts, tuning.most_parts, max(a_copies, *b_copies))
     parts = max(parts, ceil_div(max(b_copies) * unit, MOST_TILES))
+    parts = next(n for n in CLUSTERS if n >= parts)
+    # The interpreter knows no stores into another CTA's memory: there, each multiplies all of A.
+    exchange = parts > 1 and not interpreted()
+    a_share = ceil_div(a_copies, parts) if exchange else a_copies
     b_shares = [ceil_div(n, parts) for n in b_copies]
     held = max(min(HELD_TILES // unit, max(b_shares)), 1)  # copies whose outputs are held at a time
     passes = ceil_div(max(b_shares), held)
-    x_tiles, y_tiles = a_copies * unit, passes * held * unit
+    x_tiles, y_tiles = a_share * unit, passes * held * unit
     starts = [sum(modules.outputs[:m]) // TILE for m in range(modules.count)]
     sizes = [*sorted({n // TILE % GROUPS for n in modules.outputs} - {0}), GROUPS]
+    most_rounds = ceil_div(most_slabs, ROUND)
 
     def body(y_gmem, x_gmem, pool_gmem, line_gmem, work, scales, page_list) -> None:
         block, module, part = (lax.axis_index(name) for name in ("block", "module", "part"))
@@ -95,27 +103,32 @@ def lora_gather(
         def of_module(values: Sequence[int]) -> Any:
             return choose(module, values)
 
-        def run(smem, x_ready, y_ready, ready, free) -> None:
-            x_smem, y_smem, tiles, sums_smem, spread = smem
+        def run(smem, x_ready, y_ready, ready, free, shared) -> None:
+            x_smem, y_smem, tiles, sums_smem, twice, spread = smem
+            a_first = part * a_share if exchange else 0 * part
+            a_mine = jnp.clip(a_copies - a_first, 0, a_share)
             b_first = part * of_module(b_shares)
             b_mine = jnp.clip(of_module(b_copies) - b_first, 0, of_module(b_shares))
-            a_steps = slabs * a_copies
+            a_steps = slabs * a_mine
             steps = a_steps + slabs * b_mine
+            rounds = lax.div(slabs + (ROUND - 1), jnp.int32(ROUND))
 
             def for_tiles(do: Callable[..., None], otherwise: Callable[[], None]) -> None:
                 """The CTA's outputs, tile by tile, no more than the module has left."""
                 group = of_module(starts) + b_first * (unit * GROUPS)
                 left = of_module([n // TILE for n in modules.outputs]) - b_first * (unit * GROUPS)
-                for t in range(y_tiles):
+
+                @pl.loop(0, y_tiles)
+                def _(t):
                     here = left - t * GROUPS
                     mine = (t < b_mine * unit) & (here > 0)
                     for size in sizes:
 
                         @pl.when(mine & (here >= size if size == GROUPS else here == size))
-                        def _(t=t, size=size):
+                        def _(size=size):
                             do(
                                 y_gmem.at[token, pl.ds(group + t * GROUPS, size)],
-                                y_smem.at[pl.ds(t * GROUPS, size)],
+                                y_smem.at[pl.ds(pl.multiple_of(t * GROUPS, GROUPS), size)],
                             )
 
                     pl.when(~mine)(otherwise)
@@ -152,100 +165,148 @@ def lora_gather(
                             fetch(step + slab * copies + u, tile + slab * stride + u * unit)
 
                 for t in range(x_tiles):
-                    groups_of = pl.ds(t * GROUPS, GROUPS)
-                    plgpu.copy_gmem_to_smem(x_gmem.at[token, groups_of], x_smem.at[t], x_ready)
-                fetch_slabs(0, a_tile, a_stride, a_copies)
+                    groups_of = pl.ds((a_first * unit + t) * GROUPS, GROUPS)
+
+                    @pl.when(t < a_mine * unit)
+                    def _(t=t, groups_of=groups_of):
+                        plgpu.copy_gmem_to_smem(x_gmem.at[token, groups_of], x_smem.at[t], x_ready)
+
+                    pl.when(t >= a_mine * unit)(lambda: plgpu.barrier_arrive(x_ready))
+                fetch_slabs(0, a_tile + a_first * unit, a_stride, a_mine)
                 for_tiles(
                     lambda row, smem: plgpu.copy_gmem_to_smem(row, smem, y_ready),
                     lambda: plgpu.barrier_arrive(y_ready),
                 )
-                for done in range(0, passes * held, held):
-                    here = jnp.clip(b_mine - done, 0, held)
-                    first = b_tile + (b_first + done) * unit
-                    fetch_slabs(a_steps + done * slabs, first, b_stride, here)
 
-            def consume(step: Any, multiply: Callable[[Any], None]) -> None:
-                """Waits for a step's tiles, uses them, and lets their place be filled again."""
-                stage = lax.rem(step, jnp.int32(stages))
-                plgpu.barrier_wait(ready.at[stage])
-                multiply(tiles.at[stage])
-                plgpu.wgmma_wait(0)
-                # Nobody waits for the last places.
-                pl.when(step + stages < steps)(lambda: plgpu.barrier_arrive(free.at[stage]))
+                @pl.loop(0, passes)
+                def _(number):
+                    done = number * held
+                    here = jnp.clip(b_mine - done, 0, held)
+                    fetch_slabs(
+                        a_steps + jnp.minimum(done, b_mine) * slabs,
+                        b_tile + (b_first + done) * unit,
+                        b_stride,
+                        here,
+                    )
+
+            def multiply_all(first: Any, count: Any, multiply: Callable[[Any, Any], None]) -> None:
+                """Multiplies the tiles of `count` steps, and lets their places be filled again."""
+
+                @pl.loop(0, count)
+                def _(u):
+                    step = first + u
+                    stage = lax.rem(step, jnp.int32(stages))
+                    plgpu.barrier_wait(ready.at[stage])
+                    multiply(u, tiles.at[stage])
+                    plgpu.wgmma_wait(0)  # a step in flight would be a place less to load into
+                    # Nobody waits for the last places.
+                    pl.when(step + stages < steps)(lambda: plgpu.barrier_arrive(free.at[stage]))
 
             def compute() -> None:
-                row, column = (iota(TILE, TILE, d) for d in (0, 1))
-                diagonal = lax.bitwise_and(row, 7) == lax.shift_right_logical(column, 3)
-                narrow_row, narrow_column = (iota(TILE, 8, d) for d in (0, 1))
-                own = lax.shift_right_logical(narrow_row, 3) == narrow_column
+                row, column = (iota(TILE, GROUPS, d) for d in (0, 1))
+                own = lax.shift_right_logical(row, 3) == column
 
-                def spread_out(h: jax.Array, slab: Any) -> None:
-                    """h of a slab, as 8 rows of high and 8 of low; then 48 rows of nothing."""
-                    values = lax.broadcast_in_dim(h * scale, (TILE, TILE), [1])
-                    values = jnp.where(diagonal, values, 0.0)
-                    high = values.astype(dtype)
-                    low = (values - high.astype(jnp.float32)).astype(dtype)
-                    rows = pl.ds(pl.multiple_of(slab * 16, 8), TILE)
-                    spread[rows] = jnp.where(row < 8, high, low)
+                def of_slab(slab: Any) -> jax.Array:
+                    """Sums of the CTA's columns, `[(j, i)]`: rank i over column groups j."""
 
-                plgpu.barrier_wait(x_ready)
-
-                @pl.loop(0, slabs)
-                def _(slab):
                     def products(acc):
-                        @pl.loop(0, a_copies)
-                        def _(u):
-                            def multiply(stage_tiles):
-                                for t in range(unit):
-                                    xs = x_smem.at[u * unit + t].transpose((1, 0))
-                                    plgpu.wgmma(acc, stage_tiles.at[pl.ds(t * TILE, TILE)], xs)
+                        def multiply(u, stage_tiles):
+                            for t in range(unit):
+                                xs = x_smem.at[u * unit + t].transpose((1, 0))
+                                plgpu.wgmma(acc, stage_tiles.at[pl.ds(t * TILE, TILE)], xs)
 
-                            consume(slab * a_copies + u, multiply)
-
+                        multiply_all(slab * a_mine, a_mine, multiply)
                         return acc[...]
 
-                    acc = pl.run_scoped(products, accumulator(TILE, 8))
-                    sums = jnp.where(own, acc, 0.0).sum(axis=1)
-                    # Twice in a row: the sum over j comes out 8 times over, by 8 moved loads.
-                    sums_smem[pl.ds(0, TILE)] = sums
-                    sums_smem[pl.ds(TILE, TILE)] = sums
-                    h = vector(sums_smem.at[pl.ds(0, TILE)])
+                    acc = pl.run_scoped(products, accumulator(TILE, GROUPS))
+                    return jnp.where(own, acc, 0.0).sum(axis=1)
+
+                def shrink(round_: Any) -> None:
+                    """The sums of 8 slabs, `[(j, i), slab]`, to all CTAs of the cluster."""
+
+                    def one(s, sums):
+                        of_one = lax.broadcast_in_dim(of_slab(round_ * ROUND + s), sums.shape, [0])
+                        return jnp.where(column == s, of_one, sums)
+
+                    zeros = plgpu.layout_cast(jnp.zeros((TILE, ROUND), jnp.float32), WGMMA)
+                    sums = lax.fori_loop(0, jnp.minimum(slabs - round_ * ROUND, ROUND), one, zeros)
+                    sums_smem[round_, part if exchange else 0] = sums
+                    for p in range(parts if exchange else 0):
+
+                        @pl.when(part != p)
+                        def _(p=p):
+                            to = {"cluster_idx": jnp.int32(p), "cluster_dim": "part"}
+                            there = sums_smem.at[round_, part]
+                            plgpu.async_store_smem(sums, there, shared.at[round_], **to)
+
+                def prepare(round_: Any) -> None:
+                    """h of 8 slabs, as `spread` has it."""
+                    if exchange:
+                        plgpu.barrier_wait(shared.at[round_])
+                    sums = [
+                        plgpu.load(sums_smem.at[round_, p], layout=WGMMA, optimized=False)
+                        for p in range(parts if exchange else 1)
+                    ]
+                    total = sum(sums[1:], sums[0])
+                    # Twice below each other: the sum over j, for all j, by 8 moved loads.
+                    for first in (0, TILE):
+                        store(twice.at[pl.ds(first, TILE)], total)
+                    plgpu.commit_smem()
+                    h = moved(twice, 0)
                     for j in range(1, GROUPS):
-                        h += vector(sums_smem.at[pl.ds(SLAB_RANKS * j, TILE)])
-                    spread_out(h, slab)
+                        h += moved(twice, SLAB_RANKS * j)
 
+                    @pl.loop(0, jnp.minimum(slabs - round_ * ROUND, ROUND))
+                    def _(s):
+                        values = jnp.where(column == s, h, 0.0).sum(axis=1) * scale
+                        values = lax.broadcast_in_dim(values, (TILE, GROUPS), [0])
+                        values = jnp.where(own, values, 0.0)
+                        high = values.astype(dtype)
+                        low = (values - high.astype(jnp.float32)).astype(dtype)
+                        for half, first in ((high, 0), (low, GROUPS)):
+                            at = spread.at[round_ * ROUND + s, pl.ds(first, GROUPS)]
+                            at.transpose((1, 0))[...] = half
+
+                    plgpu.commit_smem()
+
+                plgpu.barrier_wait(x_ready)
+                pl.loop(0, rounds)(shrink)
                 plgpu.commit_smem()
+                pl.loop(0, rounds)(prepare)
                 plgpu.barrier_wait(y_ready)
-                for done in range(0, passes * held, held):
 
-                    def products(*accs, done=done):
-                        here = jnp.clip(b_mine - done, 0, held)
+                @pl.loop(0, passes)
+                def _(number):
+                    done = number * held
+                    here = jnp.clip(b_mine - done, 0, held)
+                    first = a_steps + jnp.minimum(done, b_mine) * slabs
 
+                    def products(*accs):
                         @pl.loop(0, slabs)
                         def _(slab):
-                            rows = pl.multiple_of(slab * 16, 8)
-                            for u in range(held):
+                            h = spread.at[slab].transpose((1, 0))  # [(j', i), high and low of j]
 
-                                @pl.when(u < here)
-                                def _(u=u):
-                                    def multiply(stage_tiles):
-                                        for t in range(unit):
-                                            tile = stage_tiles.at[pl.ds(t * TILE, TILE)]
-                                            acc = accs[u * unit + t]
-                                            for low in (0, 8):
-                                                h = spread.at[pl.ds(rows + low, TILE)]
-                                                plgpu.wgmma(acc, h, tile)
+                            def multiply(u, stage_tiles):
+                                for t in range(unit):
+                                    tile = stage_tiles.at[pl.ds(t * TILE, TILE)]
+                                    for at in range(held):
 
-                                    consume(a_steps + done * slabs + slab * here + u, multiply)
+                                        @pl.when(u == at)
+                                        def _(tile=tile, acc=accs[at * unit + t]):
+                                            plgpu.wgmma(acc, tile.transpose((1, 0)), h)
+
+                            multiply_all(first + slab * here, here, multiply)
 
                         return [acc[...] for acc in accs]
 
-                    accumulators = [accumulator(TILE, TILE)] * (held * unit)
-                    for t, delta in enumerate(pl.run_scoped(products, *accumulators)):
-                        ys = y_smem.at[pl.ds((done * unit + t) * GROUPS, TILE)]
-                        old = ys[...]
-                        new = (old.astype(jnp.float32) + delta).astype(dtype)
-                        ys[...] = jnp.where(row < GROUPS, new, old)
+                    accumulators = [accumulator(TILE, 2 * GROUPS)] * (held * unit)
+                    for t, sums in enumerate(pl.run_scoped(products, *accumulators)):
+                        delta = sums[:, :GROUPS] + sums[:, GROUPS:]
+                        at = pl.multiple_of((done * unit + t) * GROUPS, GROUPS)
+                        ys = y_smem.at[pl.ds(at, GROUPS)].transpose((1, 0))
+                        old = plgpu.load(ys, layout=WGMMA, optimized=False)
+                        store(ys, (old.astype(jnp.float32) + delta).astype(dtype))
+
                 plgpu.commit_smem()
                 for_tiles(lambda row, smem: plgpu.copy_smem_to_gmem(smem, row), lambda: None)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -256,19 +317,27 @@ def lora_gather(
 
         @pl.when((count > 0) & (slabs > 0))
         def _():
+            senders = parts if exchange else 1
+            columns = plgpu.find_swizzle(ROUND * 32) // 4
             pl.run_scoped(
                 run,
                 (
-                    plgpu.SMEM((x_tiles, 8, TILE), dtype, transforms=swizzled()),
-                    plgpu.SMEM((y_tiles * GROUPS + TILE - GROUPS, TILE), dtype),
+                    plgpu.SMEM((x_tiles, GROUPS, TILE), dtype, transforms=swizzled()),
+                    plgpu.SMEM((y_tiles * GROUPS, TILE), dtype),
                     plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=swizzled()),
-                    plgpu.SMEM((2 * TILE,), jnp.float32),
-                    plgpu.SMEM((16 * most_slabs + TILE, TILE), dtype, transforms=swizzled()),
+                    plgpu.SMEM(
+                        (most_rounds, senders, TILE, ROUND),
+                        jnp.float32,
+                        transforms=swizzled(columns, itemsize=4),
+                    ),
+                    plgpu.SMEM((2 * TILE, ROUND), jnp.float32),
+                    plgpu.SMEM((most_slabs, 2 * GROUPS, TILE), dtype, transforms=swizzled()),
                 ),
                 plgpu.Barrier(num_arrivals=x_tiles),
                 plgpu.Barrier(num_arrivals=y_tiles),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_arrivals=max(senders - 1, 1), num_barriers=most_rounds),
                 collective_axes="warpgroup",
             )
 
@@ -280,8 +349,10 @@ def lora_gather(
         body,
         out_type=(),
         mesh=plgpu.Mesh(
-            grid=(blocks, modules.count, parts),
-            grid_names=("block", "module", "part"),
+            grid=(blocks, modules.count),
+            grid_names=("block", "module"),
+            cluster=(parts,),
+            cluster_names=("part",),
             num_threads=2,
             thread_name="warpgroup",
         ),
@@ -299,6 +370,6 @@ def lora_gather(
     return result[...].reshape(y.shape)
 
 
-def vector(ref: Any) -> jax.Array:
-    """64 numbers, one a column of a WGMMA tile."""
-    return plgpu.load(ref, layout=COLUMNS, optimized=False)
+def moved(ref: Any, first: int) -> jax.Array:
+    """64 rows of a buffer, the first one's number given."""
+    return plgpu.load(ref.at[pl.ds(first, TILE)], layout=WGMMA, optimized=False)

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
-from pallas_kernels.lora_tiles import GROUPS, choose, tile_rows, tiled_pool
-from pallas_kernels.mosaic import accumulator, swizzled
+from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
+from pallas_kernels.mosaic import accumulator, choose, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 ROWS = 64  # of a wgmma, in which a block lies
@@ -76,8 +76,10 @@ def grouped_shrink(
 ) -> jax.Array:
     """`x Aᵀ` of every block, in parts.
 
-    `[64 tokens, 64 inputs]` times the 8 rows of a tile that hold a slab's ranks of these inputs is
-    a wgmma of 8 columns. Reading x is what takes the time.
+    The 8 rows of a tile that hold a slab's ranks of 64 inputs are gathered from 8 slabs into one
+    operand: `[64 tokens, 64 inputs]` times that is h of 8 slabs. A wgmma of fewer columns would
+    take as long, since reading `[64, 64]` of x from shared memory does. What no slab fills are
+    columns that nobody reads.
 
     Returns:
         `[blocks, slabs, parts, 64, 8]`: row r is the token `base + r` (`Work.base`). Only slabs in
@@ -86,7 +88,7 @@ def grouped_shrink(
     dtype, layers = pool.dtype, pool.shape[0]
     line = jnp.int32(layers) if layer is None else layer
     parts, stages, groups = tuning.parts, tuning.stages, tuning.groups
-    width, rows = groups * TILE, groups * SLAB_RANKS
+    width = groups * TILE
     all_steps = ceil_div(modules.inputs, width)
     share = ceil_div(all_steps, parts)
 
@@ -132,21 +134,24 @@ def grouped_shrink(
                                 first_row = lax.div(
                                     column - ahead * TILE_COLUMNS, jnp.int32(GROUPS)
                                 )
-                                plgpu.copy_gmem_to_smem(
-                                    tile_rows(
+                                for j in range(groups):
+                                    ranks = tile_rows(
                                         pool_gmem,
                                         pages_gmem,
                                         line,
                                         work.segment,
                                         tile + ahead,
-                                        first_row,
-                                        rows,
+                                        first_row + SLAB_RANKS * j,
+                                        SLAB_RANKS,
                                         spread=layer is None,
                                         layout=layout,
-                                    ),
-                                    a_smem.at[stage, pl.ds(rows * slot, rows)],
-                                    a_ready.at[stage * SLOTS + slot],
-                                )
+                                    )
+                                    where = pl.ds(SLAB_RANKS * slot, SLAB_RANKS)
+                                    plgpu.copy_gmem_to_smem(
+                                        ranks,
+                                        a_smem.at[stage, j, where],
+                                        a_ready.at[stage * SLOTS + slot],
+                                    )
 
                 for stage in range(stages):
                     plgpu.barrier_wait(free.at[stage])
@@ -159,35 +164,32 @@ def grouped_shrink(
                 def _(round_):
                     here = before[-1] - round_ * SLOTS
 
-                    def products(*accs):
+                    def products(acc):
                         @pl.loop(0, steps)
                         def _(step):
                             stage = lax.rem(round_ * steps + step, jnp.int32(stages))
                             plgpu.barrier_wait(x_ready.at[stage])
-                            for slot, acc in enumerate(accs):
+                            for slot in range(SLOTS):
 
                                 @pl.when(slot < here)
-                                def _(slot=slot, acc=acc):
+                                def _(slot=slot):
                                     plgpu.barrier_wait(a_ready.at[stage * SLOTS + slot])
-                                    for j in range(groups):
-                                        ranks = pl.ds(rows * slot + SLAB_RANKS * j, SLAB_RANKS)
-                                        plgpu.wgmma(
-                                            acc,
-                                            x_smem.at[stage, :, pl.ds(TILE * j, TILE)],
-                                            a_smem.at[stage, ranks].transpose((1, 0)),
-                                        )
 
+                            for j in range(groups):
+                                xs = x_smem.at[stage, :, pl.ds(TILE * j, TILE)]
+                                plgpu.wgmma(acc, xs, a_smem.at[stage, j].transpose((1, 0)))
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(free.at[stage])
 
-                        return [acc[...] for acc in accs]
+                        return acc[...]
 
-                    accumulators = [accumulator(ROWS, SLAB_RANKS)] * SLOTS
-                    for slot, h in enumerate(pl.run_scoped(products, *accumulators)):
+                    h = pl.run_scoped(products, accumulator(ROWS, SLOTS * SLAB_RANKS))
+                    for slot in range(SLOTS):
+                        columns = h[:, SLAB_RANKS * slot : SLAB_RANKS * (slot + 1)]
 
                         @pl.when(slot < here)
-                        def _(slot=slot, h=h):
-                            h_gmem[block, round_ * SLOTS + slot, part] = h
+                        def _(slot=slot, columns=columns):
+                            h_gmem[block, round_ * SLOTS + slot, part] = columns
 
             warpgroup = lax.axis_index("warpgroup")
             pl.when(warpgroup == 0)(compute)
@@ -198,9 +200,11 @@ def grouped_shrink(
             pl.run_scoped(
                 run,
                 plgpu.SMEM((stages, ROWS, width), dtype, transforms=swizzled()),
-                plgpu.SMEM((stages, SLOTS * rows, TILE), dtype, transforms=swizzled()),
+                plgpu.SMEM(
+                    (stages, groups, SLOTS * SLAB_RANKS, TILE), dtype, transforms=swizzled()
+                ),
                 plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=stages * SLOTS),
+                plgpu.Barrier(num_arrivals=groups, num_barriers=stages * SLOTS),
                 plgpu.Barrier(num_barriers=stages),
                 collective_axes="warpgroup",
             )

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, PageLayout, ceil_div
 from pallas_kernels.lora_grouped import ROWS, Work
-from pallas_kernels.lora_tiles import GROUPS, choose, tile_rows, tiled_pool
-from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
+from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
+from pallas_kernels.mosaic import WGMMA, accumulator, choose, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 SIZES = (64, 32, 16, 8, 4, 2, 1)  # rows of a copy: any count of tokens is a sum of them

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How LoRA's Mosaic GPU kernels find an adapter's tiles."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,14 +9,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.layout import TILE, TILE_COLUMNS, PageLayout
 
 GROUPS = TILE_COLUMNS // TILE  # runs of 64 columns in a tile
-
-
-def choose(index: Any, values: Sequence[Any]) -> Any:
-    """`values[index]`, of a static list."""
-    chosen = jnp.int32(values[0])
-    for i, value in enumerate(values[1:], 1):
-        chosen = jnp.where(index == i, jnp.int32(value), chosen)
-    return chosen
 
 
 def tile_rows(pool, pages, layer, segment, tile, first_row, rows, *, spread, layout):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Mosaic GPU kernels share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,3 +33,19 @@ def accumulator(rows: int, columns: int) -> plgpu.WGMMAAccumulatorRef:
 def iota(rows: int, columns: int, dimension: int) -> jax.Array:
     """Row or column numbers, laid out as a wgmma's result."""
     return plgpu.broadcasted_iota(jnp.int32, (rows, columns), dimension, layout=WGMMA)
+
+
+def choose(index: Any, values: Sequence[Any]) -> Any:
+    """`values[index]`, of a static list."""
+    chosen = jnp.int32(values[0])
+    for i, value in enumerate(values[1:], 1):
+        chosen = jnp.where(index == i, jnp.int32(value), chosen)
+    return chosen
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """`ref[...] = value`, also where rows are shorter than a cache line or banks conflict."""
+    if hasattr(plgpu, "store"):  # since JAX 0.12, where an assignment insists on whole lines
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import PageLayout
+from pallas_kernels.mosaic import store
 
 WARPS, LANES = 4, 32  # of a warpgroup; threads of a warp
 
@@ -52,11 +53,3 @@ def row_layout(rows: int, columns: int):
         lane_dims=(-2,),
         vector_dim=-1,
     )
-
-
-def store(gmem, value) -> None:
-    """`gmem[...] = value`, also where the rows are shorter than a cache line (head_dim 64)."""
-    if hasattr(plgpu, "store"):  # since JAX 0.12, where an assignment insists on whole lines
-        plgpu.store(gmem, value, optimized=False)
-    else:
-        gmem[...] = value

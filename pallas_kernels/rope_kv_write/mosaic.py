@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import tuned
-from pallas_kernels.kv_write.mosaic import row_layout, store
+from pallas_kernels.kv_write.mosaic import row_layout
 from pallas_kernels.layout import PageLayout
+from pallas_kernels.mosaic import store
 from pallas_kernels.rope_kv_write.tuning import TUNING, Tuning
 
 

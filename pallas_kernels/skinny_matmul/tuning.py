@@ -61,6 +61,7 @@ class Tuning:
         wave_cost: of each further wave of CTAs, in shares of the whole time.
         x_cost: of reading a byte of x from the L2 cache, in bytes of W.
         split_cost: of each further part of the inputs, in bytes of W for each byte of the result.
+        ahead_bytes: of the next projection's weights, to be fetched into the L2 cache.
         plans: what was measured to be best, by `(outputs, inputs)`.
     """
 
@@ -69,6 +70,7 @@ class Tuning:
     wave_cost: float
     x_cost: float
     split_cost: float
+    ahead_bytes: int
     plans: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
 
     def plan(self, tokens: int, outputs: int, inputs: int) -> Plan:
@@ -99,11 +101,12 @@ TUNING = {
         wave_cost=0.2,
         x_cost=0.3,
         split_cost=1.0,
+        ahead_bytes=16 << 20,
         plans={
-            (12288, 4096): Plan(192, 2),
-            (4096, 4096): Plan(128, 4),
-            (4096, 11008): Plan(128, 4),
-            (22016, 4096): Plan(192, 1),
+            (12288, 4096): Plan(192, 1),
+            (4096, 4096): Plan(64, 2),
+            (4096, 11008): Plan(64, 2),
+            (22016, 4096): Plan(192, 1, step=128),
         },
     ),
 }
