@@ -170,7 +170,8 @@ class Lora(Problem):
         lengths = np.full(len(pages), self.each, np.int32)
         scale = jnp.ones(first_tile.shape, jnp.float32)
         block = 1 if self.tokens <= DECODE_TOKENS else PROMPT_BLOCK
-        make = jax.jit(partial(with_work, tokens=self.tokens, block=block))
+        size = {"layout": self.layout, "tokens": self.tokens, "block": block}
+        make = jax.jit(partial(with_work, **size))
         return make(*map(jnp.asarray, (lengths, own, rank, first_tile)), scale)
 
     def tiny(self) -> Self:

@@ -29,7 +29,7 @@ from pallas_kernels.backend import interpreted
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
 from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
 from pallas_kernels.mosaic import WGMMA, accumulator, choose, iota, store, swizzled
-from pallas_kernels.segments import Adapters, Modules
+from pallas_kernels.segments import PAGES_AT_HAND, Adapters, Modules
 
 MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
 HELD_TILES = 8  # of outputs that a CTA sums in registers at a time: 8 registers a tile
@@ -98,7 +98,18 @@ def lora_gather(
         block, module, part = (lax.axis_index(name) for name in ("block", "module", "part"))
         where = line_gmem[0], modules.first + module, block
         token, count, slabs, a_tile, segment = (work[(*where, f)] for f in range(5))
+        at_hand = [work[(*where, 5 + n)] for n in range(PAGES_AT_HAND)]
         scale = scales[where]
+        first_page = lax.div(a_tile, jnp.int32(layout.tiles_per_page))
+        if layer is None:
+            first_page = lax.div(first_page, jnp.int32(layers))
+
+        def page_of(number: Any) -> Any:
+            """The adapter's page; the first ones of a module wait for no other read than that."""
+            n = number - first_page
+            return lax.cond(
+                n < PAGES_AT_HAND, lambda: choose(n, at_hand), lambda: page_list[segment, number]
+            )
 
         def of_module(values: Sequence[int]) -> Any:
             return choose(module, values)
@@ -145,9 +156,8 @@ def lora_gather(
                     # Found before the wait, which hides the time that looking up a page takes.
                     source = tile_rows(
                         pool_gmem,
-                        page_list,
+                        page_of,
                         line_gmem[0],
-                        segment,
                         tile,
                         0,
                         unit * TILE,

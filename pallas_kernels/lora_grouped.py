@@ -137,9 +137,8 @@ def grouped_shrink(
                                 for j in range(groups):
                                     ranks = tile_rows(
                                         pool_gmem,
-                                        pages_gmem,
+                                        lambda n: pages_gmem[work.segment, n],
                                         line,
-                                        work.segment,
                                         tile + ahead,
                                         first_row + SLAB_RANKS * j,
                                         SLAB_RANKS,

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.layout import SLAB_RANKS, TILE, PageLayout, ceil_div
 from pallas_kernels.lora_grouped import ROWS, Work
 from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
-from pallas_kernels.mosaic import WGMMA, accumulator, choose, swizzled
+from pallas_kernels.mosaic import SHARED_BYTES, WGMMA, accumulator, choose, swizzled
 from pallas_kernels.segments import Adapters, Modules
 
 SIZES = (64, 32, 16, 8, 4, 2, 1)  # rows of a copy: any count of tokens is a sum of them
@@ -28,7 +28,7 @@ class ExpandTuning:
     Attributes:
         width: outputs of a step: 64, 128 or 256; less where a module's outputs are no multiple.
         steps: of a CTA at most.
-        y_stages: steps whose y a CTA has in flight.
+        y_stages: steps whose y a CTA has in flight, at most: as many as shared memory holds.
         b_stages: copies of B likewise.
         span: runs of 64 outputs that a slab's copy covers at most: 1, 2, 4 or 8. More make fewer
             copies; but a wgmma takes 8 / span slabs, and there are no more than it takes of ranks
@@ -75,10 +75,12 @@ def grouped_expand(
     rows = span * SLAB_RANKS
     most_rounds = ceil_div(most_slabs, slots)
     computing = 2 if groups % 2 == 0 else 1  # warpgroups
-    y_stages, b_stages = tuning.y_stages, tuning.b_stages
     chunks = [ceil_div(n // width, tuning.steps) for n in modules.outputs]
     shares = [ceil_div(n // width, c) for n, c in zip(modules.outputs, chunks, strict=True)]
     h_rows = ROWS + (span - 1) * SLAB_RANKS
+    b_stages, tile_bytes = tuning.b_stages, ROWS * TILE * dtype.itemsize
+    others = b_stages * subs * tile_bytes + 2 * most_rounds * h_rows * ROWS * dtype.itemsize
+    y_stages = min(tuning.y_stages, (SHARED_BYTES - others) // (groups * tile_bytes))
 
     def body(y_gmem, h_gmem, pool_gmem, line_gmem, work_gmem, scales, pages_gmem):
         block, chunk = lax.axis_index("block"), lax.axis_index("chunk")
@@ -159,9 +161,8 @@ def grouped_expand(
                                     plgpu.copy_gmem_to_smem(
                                         tile_rows(
                                             pool_gmem,
-                                            pages_gmem,
+                                            lambda n: pages_gmem[work.segment, n],
                                             line,
-                                            work.segment,
                                             b_tile + slab * stride + ahead,
                                             (group - ahead * GROUPS) * SLAB_RANKS,
                                             rows,

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import TILE
 
+SHARED_BYTES = 222 << 10  # of a CTA, for arrays; Mosaic needs some of the 227 KiB for itself
 ALIGN = 8  # rows of a swizzled tile: copies and operands start at multiples of it
 WGMMA = plgpu.Layout.WGMMA
 COLUMNS = WGMMA.reduce(0)  # of a vector with one number a column

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.layout import SLAB_RANKS, ceil_div
+from pallas_kernels.layout import SLAB_RANKS, PageLayout, ceil_div
+
+PAGES_AT_HAND = 3  # pages of a module that a line of work holds: the rest of its 32 bytes
 
 
 @jax.tree_util.register_dataclass
@@ -69,15 +71,16 @@ def with_work(
     first_tile: Int[Array, "G lines M"],
     scale: Float[Array, "G lines M"],
     *,
+    layout: PageLayout,
     tokens: int,
     block: int = 1,
 ) -> Adapters:
     """The adapters of a step of at most `tokens` tokens, cut at multiples of `block`.
 
     Made once a step for all layers: a kernel finds a block's work in one line of `work`: its first
-    token, tokens, slabs, first tile of A and segment, and in `work_scale` the scale. Lines without
-    tokens come last. Blocks of 1 are for decode, where tokens are single; of 64, the rows of a
-    tensor-core operand, for prompts.
+    token, tokens, slabs, first tile of A, segment and the pages from that tile's on, as many as
+    there is room for; and in `work_scale` the scale. Lines without tokens come last. Blocks of 1
+    are for decode, where tokens are single; of 64, the rows of a tensor-core operand, for prompts.
     """
     segments = length.shape[0]
     count = min(tokens, segments + tokens // block)
@@ -94,15 +97,22 @@ def with_work(
     order = jnp.argsort(jnp.where(size > 0, -rank.sum((1, 2))[segment], 1), stable=True)
     segment, first_token, size = segment[order], first_token[order], size[order]
     shape = (count, *rank.shape[1:])
+    slot = first_tile // layout.tiles_per_page
+    # Modules that belong to no layer fill a page in all layers before they go on to the next.
+    slot = slot.at[:, -1].set(slot[:, -1] // (rank.shape[1] - 1))
+    at_hand = [
+        jnp.take_along_axis(pages, (slot + n).reshape(segments, -1), axis=1, mode="clip")
+        for n in range(PAGES_AT_HAND)
+    ]
     fields = [
         jnp.broadcast_to(first_token[:, None, None], shape),
         jnp.broadcast_to(size[:, None, None], shape),
         ceil_div(rank, SLAB_RANKS)[segment],
         first_tile[segment],
         jnp.broadcast_to(segment[:, None, None], shape),
+        *(page.reshape(rank.shape)[segment] for page in at_hand),
     ]
-    unused = jnp.zeros(shape, jnp.int32)  # a line is 32 bytes: one sector of a cache line
-    work = jnp.stack([*fields, unused, unused, unused], axis=-1).astype(jnp.int32)
+    work = jnp.stack(fields, axis=-1).astype(jnp.int32)  # 32 bytes: one sector of a cache line
     work, scales = work.transpose(1, 2, 0, 3), scale[segment].transpose(1, 2, 0)
     return Adapters(length, pages, rank, first_tile, scale, work, scales, block)
 

@@ -24,5 +24,5 @@ def lora_delta(x, y, pool, layer, adapters, *, modules: Modules, max_rank: int, 
     h = grouped_shrink(x, *where, **static, tuning=tuned(SHRINK))
     expand = tuned(EXPAND)
     if max_rank > 64:  # h of all its slabs takes the place of a stage
-        expand = replace(expand, y_stages=2, b_stages=2)
+        expand = replace(expand, b_stages=2)
     return grouped_expand(y, h, *where, **static, tuning=expand)

@@ -6,15 +6,18 @@ from pallas_kernels.lora_grouped import ShrinkTuning
 from pallas_kernels.lora_grouped_expand import ExpandTuning
 
 GATHER = {
-    # us of q, k, v at hidden 4096, 64 tokens on 64 adapters of rank 16: 3 stages 21.0, 4 22.9;
-    # outputs shared by 3 CTAs (ctas=400) 29.6.
+    # us of q, k, v at hidden 4096, 64 tokens: on 64 adapters of rank 16 / of ranks 8 to 64 / on one
+    # adapter. 2 CTAs a module with 3 stages, of which a multiprocessor holds three, 17.6 / 29.5 /
+    # 9.8; with 4 stages, two, 22.2 / 28.2 / 14.8. One CTA 17.1 / 35.4 / 11.1, 4 CTAs 25 / 34 / 17.
     "NVIDIA H200": Tuning(ctas=384, most_parts=2, stages=3),
 }
 SHRINK = {
-    # us of 4096 tokens, 8 adapters of rank 16, q, k, v: 24.8; 3 stages of 4 groups 27.2.
+    # us of 4096 tokens, 8 adapters of rank 16, q, k, v, with expand: 85.7; 3 stages 85.7, 4 groups
+    # 89.9, 2 parts 87.2, 8 parts 90.5.
     "NVIDIA H200": ShrinkTuning(parts=4, stages=2, groups=2),
 }
 EXPAND = {
-    # us of the same: 82.7; 16 steps 84.8, width 128 84.6.
-    "NVIDIA H200": ExpandTuning(width=256, steps=8, y_stages=3, b_stages=3, span=4),
+    # us of the same, with shrink and 3 stages of y: 85.7; 2 stages of both 105.9, 16 steps 92.7,
+    # width 128 88.1.
+    "NVIDIA H200": ExpandTuning(width=256, steps=8, y_stages=4, b_stages=3, span=4),
 }

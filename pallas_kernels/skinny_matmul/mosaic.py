@@ -7,13 +7,10 @@ that computes, and one warpgroup more that loads. All CTAs run at once and keep 
 bytes under way, so memory serves them alike. Where tiles alone would leave multiprocessors idle,
 the CTAs of a cluster split the inputs and add up their parts in shared memory, each for a share of
 the tokens.
-
-Memory would idle from a kernel's last loads to the first ones of the next projection. So a CTA that
-has asked for all it needs asks for a piece of the next projection's weights, into the L2 cache.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import interpreted, tuned
 from pallas_kernels.layout import ceil_div
-from pallas_kernels.mosaic import WGMMA, accumulator, choose, swizzled
+from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
 from pallas_kernels.skinny_matmul import reference
 from pallas_kernels.skinny_matmul.tuning import TUNING, Plan
 
 ROWS = 64  # of a wgmma, and so of a warpgroup
 TOKENS = 8  # the grain of a wgmma's columns and of the swizzle
 MOST_TOKENS = 128  # whose accumulators fit in registers
-MOST_AHEAD = 256  # inputs of a TMA box
 
 
-def skinny_matmul(x, weight, *, then=None, plan: Plan | None = None):
+def skinny_matmul(x, weight, *, plan: Plan | None = None):
     """See `pallas_kernels.skinny_matmul.skinny_matmul`.
 
     Other shapes than these are left to the reference: 1 to 128 tokens, inputs and outputs that are
@@ -49,7 +45,7 @@ def skinny_matmul(x, weight, *, then=None, plan: Plan | None = None):
         return reference.skinny_matmul(x, weight)
     if tokens > TOKENS and tokens % TOKENS:
         padded = jnp.pad(x, ((0, -tokens % TOKENS), (0, 0)))
-        return skinny_matmul(padded, weight, then=then, plan=plan)[:tokens]
+        return skinny_matmul(padded, weight, plan=plan)[:tokens]
 
     groups, split, dtype = plan.rows // ROWS, plan.split, x.dtype
     tiles, stages, step = ceil_div(outputs, plan.rows), plan.stages(tokens), plan.step
@@ -76,9 +72,8 @@ def skinny_matmul(x, weight, *, then=None, plan: Plan | None = None):
         else:
             scratch["shared"] = plgpu.Barrier(num_arrivals=split - 1, num_barriers=groups)
 
-    ahead = None if then is None else _ahead(tokens, then)
     y, *_ = plgpu.kernel(
-        partial(_kernel, plan=plan, ahead=ahead),
+        partial(_kernel, plan=plan),
         out_type=out_type,
         grid=(tiles,),
         grid_names=("tile",),
@@ -88,38 +83,15 @@ def skinny_matmul(x, weight, *, then=None, plan: Plan | None = None):
         thread_name="warpgroup",
         scratch_types=scratch,
         kernel_name="skinny_matmul",
-    )(x, weight, *([] if ahead is None else [then]))
+    )(x, weight)
     return y
 
 
-class _Ahead(NamedTuple):
-    """What to ask for of the next projection's weights: what its CTAs will read first."""
-
-    blocks: int  # of 64 outputs
-    starts: tuple[int, ...]  # of runs of inputs, one for each part that its plan makes of them
-    width: int  # inputs of a run
-
-
-def _ahead(tokens: int, weight) -> _Ahead | None:
-    tuning, (outputs, inputs) = tuned(TUNING), weight.shape
-    plan = tuning.plan(tokens, outputs, inputs)
-    runs = outputs * plan.split * weight.dtype.itemsize
-    width = min(tuning.ahead_bytes // runs, MOST_AHEAD, inputs // plan.split) // ROWS * ROWS
-    if width == 0 or inputs % plan.step or outputs % ROWS:
-        return None
-    starts = [inputs // plan.step * p // plan.split * plan.step for p in range(plan.split)]
-    return _Ahead(outputs // ROWS, tuple(starts), width)
-
-
-def _kernel(x, weight, *refs, plan, ahead, w_smem, x_smem, y_smem, ready, free, **exchange):
+def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, free, **exchange):
     """Body of one warpgroup.
 
-    Args:
-        refs: the next projection's weights, if any; y; in the interpreter, parts of y.
-        exchange: where the CTAs of a cluster add up, see `_add_up`; nothing if they don't.
+    `exchange`: where the CTAs of a cluster add up, see `_add_up`; nothing if the inputs are whole.
     """
-    then, refs = (None, refs) if ahead is None else (refs[0], refs[1:])
-    y, parts = (*refs, None)[:2]
     stages, columns, width = x_smem.shape
     groups, share, _ = y_smem.shape
     tile, part, group = (lax.axis_index(name) for name in ("tile", "part", "warpgroup"))
@@ -150,19 +122,6 @@ def _kernel(x, weight, *refs, plan, ahead, w_smem, x_smem, y_smem, ready, free, 
         def _(step):
             plgpu.barrier_wait(free.at[slot(step)])
             fetch(step)
-
-        if ahead is not None:
-            cta, ctas = tile * plan.split + part, ceil_div(y.shape[1], plan.rows) * plan.split
-            boxes = ahead.blocks * len(ahead.starts)
-
-            @pl.loop(0, lax.div(boxes - cta + (ctas - 1), jnp.int32(ctas)))
-            def _(dealt):
-                box = cta + dealt * ctas
-                run = lax.div(box, jnp.int32(ahead.blocks))
-                row = pl.multiple_of((box - run * ahead.blocks) * ROWS, ROWS)
-                first = choose(run, ahead.starts) + 0 * run  # traced, as above
-                first = pl.multiple_of(first, ROWS)
-                plgpu.async_prefetch(then.at[pl.ds(row, ROWS), pl.ds(first, ahead.width)])
 
         for step in range(stages):  # nobody may leave a barrier that he has not seen complete
             pl.when(step < count)(lambda step=step: plgpu.barrier_wait(free.at[step]))

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pallas_kernels.layout import ceil_div, round_up
+from pallas_kernels.mosaic import SHARED_BYTES
 
 SPLITS = (1, 2, 4, 8)  # a portable cluster has at most 8 CTAs
 ROWS = (64, 128, 192, 256)  # a TMA box has at most 256 rows
+STEPS = (64, 128)
 LEAST_STAGES = 3
-SHARED_BYTES = 222 << 10  # of a CTA, for arrays; Mosaic needs some of the 227 KiB for itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +56,23 @@ class Tuning:
     """What `plan` weighs.
 
     Attributes:
-        ctas: that run at once, one for each multiprocessor.
+        ctas: that run at once, by the CTAs of a cluster. One for each multiprocessor; fewer in
+            large clusters, which don't fill the groups that multiprocessors come in.
         idle_cost: of a multiprocessor without a CTA, in shares of the time of one with: few of them
             saturate the memory, so less than 1.
         wave_cost: of each further wave of CTAs, in shares of the whole time.
         x_cost: of reading a byte of x from the L2 cache, in bytes of W.
         split_cost: of each further part of the inputs, in bytes of W for each byte of the result.
-        ahead_bytes: of the next projection's weights, to be fetched into the L2 cache.
+        step_cost: of steps of 64 inputs instead of 128, in shares of the whole time.
         plans: what was measured to be best, by `(outputs, inputs)`.
     """
 
-    ctas: int
+    ctas: Mapping[int, int]
     idle_cost: float
     wave_cost: float
     x_cost: float
     split_cost: float
-    ahead_bytes: int
+    step_cost: float
     plans: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
 
     def plan(self, tokens: int, outputs: int, inputs: int) -> Plan:
@@ -81,31 +83,42 @@ class Tuning:
 
         def cost(plan: Plan) -> float:
             ctas = ceil_div(outputs, plan.rows) * plan.split
-            waves = ceil_div(ctas, self.ctas)
-            idle = self.idle_cost * (waves * self.ctas / ctas - 1) + self.wave_cost * (waves - 1)
+            waves = ceil_div(ctas, self.ctas[plan.split])
+            room = waves * self.ctas[1]
+            idle = self.idle_cost * (room / ctas - 1) + self.wave_cost * (waves - 1)
             padding = ceil_div(outputs, plan.rows) * plan.rows / outputs - 1
             x = self.x_cost * tokens / plan.rows
             exchange = self.split_cost * (plan.split - 1) * tokens / inputs
-            return idle + padding + x + exchange
+            return idle + padding + x + exchange + self.step_cost * (plan.step < max(STEPS))
 
-        plans = [Plan(rows, split) for rows in ROWS for split in SPLITS]
+        plans = [
+            Plan(rows, split, step=step)
+            for rows in ROWS
+            for split in SPLITS
+            for step in STEPS
+            if inputs % step == 0
+        ]
         return min((p for p in plans if p.stages(tokens) >= LEAST_STAGES), key=cost)
 
 
 TUNING = {
-    # us of 64 tokens: (12288, 4096) 192 rows split in 2 23.2, 256 in 2 25.3, cuBLAS 27.7;
-    # (4096, 4096) 128 rows in 4 9.3, 256 in 8 12.2. The rest is the model's choice.
+    # us of 64 tokens. Of 32 clusters of 4 CTAs not all ran at once, of 22 they did; nor did 16 of
+    # 8. So (4096, 4096): 64 rows split in 2 11.5, 128 rows in 4 21.9; steps of 64 12.3.
+    # (12288, 4096): 128 rows 26.7, in steps of 64 28.1, 192 rows 28.1, split in 2 29.4.
+    # (22016, 4096): 192 rows 45.5, in steps of 64 47.8, 64 rows 46.7, 256 47.8.
+    # (4096, 11008): 64 rows split in 2 25.7, in steps of 64 26.5, 192 rows in 4 28.8.
+    # The next projection's first weights prefetched into the L2 cache, early or late: no gain.
     "NVIDIA H200": Tuning(
-        ctas=132,
+        ctas={1: 132, 2: 132, 4: 88, 8: 64},
         idle_cost=0.5,
         wave_cost=0.2,
         x_cost=0.3,
-        split_cost=1.0,
-        ahead_bytes=16 << 20,
+        split_cost=3.0,
+        step_cost=0.05,
         plans={
-            (12288, 4096): Plan(192, 1),
-            (4096, 4096): Plan(64, 2),
-            (4096, 11008): Plan(64, 2),
+            (12288, 4096): Plan(128, 1, step=128),
+            (4096, 4096): Plan(64, 2, step=128),
+            (4096, 11008): Plan(64, 2, step=128),
             (22016, 4096): Plan(192, 1, step=128),
         },
     ),

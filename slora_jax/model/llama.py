@@ -67,17 +67,20 @@ class Lora:
         length: Int[Array, " G"],
         tokens: int,
         block: int,
+        layout: PageLayout,
         **static: Any,
     ) -> "Lora":
         """Runs of `length` tokens, of `tokens` in all, on the adapters in slots `slot`."""
         lines = tables.pages[slot], tables.rank[slot], tables.first_tile[slot], tables.scale[slot]
-        return cls(with_work(length, *lines, tokens=tokens, block=block), **static)
+        size = {"layout": layout, "tokens": tokens, "block": block}
+        return cls(with_work(length, *lines, **size), layout=layout, **static)
 
     def over(self, length: Int[Array, " G"], tokens: int, block: int) -> "Lora":
         """The same adapters over other tokens."""
         old = self.adapters
         lines = old.pages, old.rank, old.first_tile, old.scale
-        return replace(self, adapters=with_work(length, *lines, tokens=tokens, block=block))
+        size = {"layout": self.layout, "tokens": tokens, "block": block}
+        return replace(self, adapters=with_work(length, *lines, **size))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -101,10 +104,9 @@ def project(
     names: tuple[str, ...],
     config: ModelConfig,
     backend: Backend,
-    then: Linear | None = None,
 ) -> Float[Array, "T O"]:
-    """The fused projection `names`, with each token's own adapter added; `then` comes next."""
-    y = linear(x, backend, then)
+    """The fused projection `names`, with each token's own adapter added."""
+    y = linear(x, backend)
     if lora is None or lora.adapted.isdisjoint(names):
         return y
     outputs = tuple(config.projection_shape(name)[1] for name in names)
@@ -150,16 +152,11 @@ def decoder_layer(
     pool: Float[Array, "L P elems"],
     layer: Int[Array, ""],
     weights: LayerWeights,
-    then: Linear,
     attention: Attention,
     lora: Lora | None,
     config: ModelConfig,
 ) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
-    """One layer. Jitted, with the layer's number traced: L layers are traced and lowered once.
-
-    Args:
-        then: the first projection of the next layer, of the same shape in every layer.
-    """
+    """One layer. Jitted, with the layer's number traced: L layers are traced and lowered once."""
     tokens = x.shape[0]
     static: Any = {"config": config, "backend": attention.backend}
     linear = partial(project, pool=pool, layer=layer, lora=lora, **static)
@@ -168,13 +165,11 @@ def decoder_layer(
     qkv = linear(weights.qkv, z, names=("q_proj", "k_proj", "v_proj"))
     attended, pool = attention(qkv, pool, layer, heads=config.num_attention_heads)
     linear = partial(linear, pool=pool)
-    attended = attended.reshape(tokens, -1)
-    x = x + linear(weights.o, attended, names=("o_proj",), then=weights.gate_up)
+    x = x + linear(weights.o, attended.reshape(tokens, -1), names=("o_proj",))
 
     z = rms_norm(x, weights.post_attention_norm, config.rms_norm_eps)
-    gate_up = linear(weights.gate_up, z, names=("gate_proj", "up_proj"), then=weights.down)
-    gate, up = jnp.split(gate_up, 2, axis=1)
-    x = x + linear(weights.down, jax.nn.silu(gate) * up, names=("down_proj",), then=then)
+    gate, up = jnp.split(linear(weights.gate_up, z, names=("gate_proj", "up_proj")), 2, axis=1)
+    x = x + linear(weights.down, jax.nn.silu(gate) * up, names=("down_proj",))
     return x, pool
 
 
@@ -246,11 +241,8 @@ def forward(
         backend=backend,
     )
     x = embed(weights, tokens, pool, lora if lora_mode == "all" else None, config)
-    # After the last layer comes the first one's again: the head would be another shape to trace.
-    following = (*weights.layers[1:], weights.layers[0])
-    for number, (layer, then) in enumerate(zip(weights.layers, following, strict=True)):
-        at = jnp.int32(number)
-        x, pool = decoder_layer(x, pool, at, layer, then.qkv, attention, lora, config)
+    for number, layer in enumerate(weights.layers):
+        x, pool = decoder_layer(x, pool, jnp.int32(number), layer, attention, lora, config)
     return rms_norm(x, weights.norm, config.rms_norm_eps), pool
 
 

@@ -17,13 +17,9 @@ class Linear:
     bias: Float[Array, " O"] | None = None
     scale: Float[Array, " O"] | None = None
 
-    def __call__(
-        self, x: Float[Array, "T I"], backend: Backend = "xla", then: "Linear | None" = None
-    ) -> Float[Array, "T O"]:
-        """`then` is the projection that follows: the beginning of its weight may be fetched."""
+    def __call__(self, x: Float[Array, "T I"], backend: Backend = "xla") -> Float[Array, "T O"]:
         if x.shape[0] <= FEW_TOKENS:
-            ahead = None if then is None else then.weight
-            y = skinny_matmul(x, self.weight, then=ahead, backend=backend)
+            y = skinny_matmul(x, self.weight, backend=backend)
         else:
             y = jax.lax.dot_general(x, self.weight, (((1,), (1,)), ((), ())))
         if self.scale is not None:

@@ -33,7 +33,7 @@ def test_what_is_packed_is_read_back(tmp_path, modules):
     pool[:, order] = packed.pages.swapaxes(0, 1)
     tables = (jnp.asarray(x[None]) for x in (packed.rank, packed.first_tile, packed.scale))
     one = jnp.ones(1, jnp.int32), jnp.asarray(order, jnp.int32)[None]
-    adapters = with_work(*one, *tables, tokens=1)
+    adapters = with_work(*one, *tables, layout=LAYOUT, tokens=1)
     groups = [(n, LAYER_MODULES, pairs) for n, pairs in enumerate(adapter.layers)]
     for line, names, pairs in [*groups, (BASE.num_hidden_layers, OUTER_MODULES, adapter.outer)]:
         for column, name in enumerate(names):

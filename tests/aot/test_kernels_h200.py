@@ -140,7 +140,8 @@ def test_lora(config, layout, compiles, names, tokens, block, max_rank):
     fused = [linears(config)[name] for name in names]
 
     def all_of(pool, layer, length, pages, rank, first_tile, scale, *operands):
-        adapters = with_work(length, pages, rank, first_tile, scale, tokens=tokens, block=block)
+        size = {"layout": layout, "tokens": tokens, "block": block}
+        adapters = with_work(length, pages, rank, first_tile, scale, **size)
         static = {"max_rank": max_rank, "layout": layout, "backend": "mosaic"}
         return [
             lora_delta(x, y, pool, layer, adapters, modules=modules, **static)

@@ -116,7 +116,8 @@ class RandomAdapters:
         for table, values in zip(tables, (self.ranks, first_tile, self.scale), strict=True):
             table[:, line, places] = values
         ints = (jnp.asarray(x, jnp.int32) for x in (lengths, lists, *tables[:2]))
-        self.adapters = with_work(*ints, jnp.asarray(tables[2]), tokens=tokens, block=block)
+        size = {"layout": layout, "tokens": tokens, "block": block}
+        self.adapters = with_work(*ints, jnp.asarray(tables[2]), **size)
         self.owner = np.repeat(np.arange(len(lengths)), lengths)  # segment of each token
 
     def shrink(self, x: np.ndarray, max_rank: int) -> np.ndarray:

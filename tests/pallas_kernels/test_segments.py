@@ -7,10 +7,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.segments import with_work
+from pallas_kernels.layout import PageLayout
+from pallas_kernels.segments import PAGES_AT_HAND, with_work
 
-SEGMENTS, LINES, MODULES = 5, 3, 2
-make = jax.jit(with_work, static_argnames=("tokens", "block"))
+SEGMENTS, LINES, MODULES, PAGES = 5, 3, 2, 40
+LAYOUT = PageLayout(kv_heads=8, head_dim=64, page_size=16)  # four tiles a page
+make = jax.jit(with_work, static_argnames=("layout", "tokens", "block"))
 
 
 @settings(deadline=None, max_examples=100)
@@ -23,10 +25,11 @@ make = jax.jit(with_work, static_argnames=("tokens", "block"))
 def test_every_token_is_in_one_line(ends, tokens, block, seed):
     lengths = np.diff(np.round(np.array(ends) * tokens).astype(int), prepend=0)
     rng, shape = np.random.default_rng(seed), (SEGMENTS, LINES, MODULES)
-    rank, first_tile = rng.integers(0, 40, shape), rng.integers(0, 999, shape)
+    rank, first_tile = rng.integers(0, 40, shape), rng.integers(0, 150, shape)
+    pages = rng.permutation(SEGMENTS * PAGES).reshape(SEGMENTS, PAGES)
     scale = rng.random(shape).astype(np.float32)
-    ints = (jnp.asarray(x, jnp.int32) for x in (lengths, np.zeros((SEGMENTS, 2)), rank, first_tile))
-    made = make(*ints, jnp.asarray(scale), tokens=tokens, block=block)
+    ints = (jnp.asarray(x, jnp.int32) for x in (lengths, pages, rank, first_tile))
+    made = make(*ints, jnp.asarray(scale), layout=LAYOUT, tokens=tokens, block=block)
     assert made.block == block
 
     work, owner = np.asarray(made.work), np.repeat(np.arange(SEGMENTS), lengths)
@@ -51,5 +54,10 @@ def test_every_token_is_in_one_line(ends, tokens, block, seed):
         np.testing.assert_array_equal(work[:, :, line, 2], -(-rank[segment[line]] // 8))
         np.testing.assert_array_equal(work[:, :, line, 3], first_tile[segment[line]])
         np.testing.assert_array_equal(made.work_scale[:, :, line], scale[segment[line]])
+        slot = first_tile[segment[line]] // LAYOUT.tiles_per_page
+        slot[-1] //= LINES - 1  # of modules that belong to no layer
+        for n in range(PAGES_AT_HAND):
+            page = pages[segment[line]][np.minimum(slot + n, PAGES - 1)]
+            np.testing.assert_array_equal(work[:, :, line, 5 + n], page)
     largest = rank.sum((1, 2))[segment[used]]
     assert (np.diff(largest) <= 0).all()  # the last ones to start are not the longest
