@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [case for case in chosen if re.search(args.only, names[case])]
     recorder = Recorder(args.output)
     limits = recorder.ceilings(small=args.smoke)
-    size = Size(2, 1) if args.smoke else Size(16, 10**9)
+    size = Size(2, 1) if args.smoke else Size(64, 10**9)
     benchmark = Benchmark(recorder, limits, size, repetitions=3 if args.smoke else 5)
     reason = why_not_mosaic(dtype=jnp.bfloat16, layout=PageLayout(8, 128, 16))
     if reason is not None:

@@ -140,7 +140,7 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
                 pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[slot(step - 1)]))
 
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(free.at[slot(count - 1)])
+            pl.when(count > 0)(lambda: plgpu.barrier_arrive(free.at[slot(count - 1)]))
             return acc[...]
 
         def store(sums):

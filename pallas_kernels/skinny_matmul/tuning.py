@@ -96,7 +96,7 @@ class Tuning:
             for rows in ROWS
             for split in SPLITS
             for step in STEPS
-            if inputs % step == 0
+            if inputs % step == 0 and split <= inputs // step
         ]
         return min((p for p in plans if p.stages(tokens) >= LEAST_STAGES), key=cost)
 

@@ -24,6 +24,7 @@ SHAPES = {  # tokens, outputs, inputs, and how Mosaic is to deal them out
     "a last tile past the outputs": (16, 192, 128, Plan(128, 1, 3)),
     "a cluster splits the inputs": (20, 128, 320, Plan(64, 2, 3)),
     "a part without tokens to finish": (8, 64, 192, Plan(64, 2, 3)),
+    "more parts than steps": (16, 64, 64, Plan(64, 2, 3)),
     "steps of two tiles": (16, 128, 256, Plan(128, 1, 3, step=128)),
     "staggered": (16, 192, 320, Plan(64, 1, 3, stagger=True)),
     "odd outputs": (3, 96, 64, Plan(64, 1, 3)),
@@ -51,6 +52,8 @@ def test_every_shape_has_a_plan(tokens, outputs, inputs):
     """One that fits into shared memory, and in which every token's sum is finished once."""
     plan = H200.plan(tokens, 64 * outputs, 64 * inputs)
     assert LEAST_STAGES <= plan.stages(tokens) <= plan.most_stages
+    assert inputs * 64 % plan.step == 0
+    assert plan.split <= inputs * 64 // plan.step  # each part has something to do
     shares = plan.columns(tokens) // plan.share(tokens)
     assert ceil_div(tokens, plan.share(tokens)) == shares <= plan.split
     operands = plan.stages(tokens) * (plan.rows + plan.columns(tokens)) * plan.step * 2
