@@ -21,6 +21,7 @@ _SCHEDULING_HELP: Mapping[str, str] = {
     "clustering, fairness between adapters, priorities",
     "scheduling_lookahead": "requests without room that a step looks past",
     "max_overtakes": "requests that may be admitted past one that finds no room",
+    "admission_watermark": "share of the pool that an admission leaves free",
     "slo_first_token_s": "abort: seconds in which a first token is due",
     "slo_margin_s": "abort: seconds kept in hand beside the predicted time",
     "slo_rate_window_s": "abort: seconds over which arrivals and admissions are counted",

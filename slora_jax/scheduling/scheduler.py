@@ -130,15 +130,22 @@ class Scheduler:
             return
         policy, passed = self.policy, list[Request]()
         promised = sum(map(self._missing_pages, self.running))
+        if self.running:  # else one that needs the whole pool would wait for ever
+            promised += int(policy.options.admission_watermark * self._pool.capacity)
+        room = self._adapters.room
+        if promised >= room:
+            return  # everybody needs a page
         for request in policy.candidates(self.waiting, self.running, now):
             if request.in_flight:
                 break  # a preempted request's last token may still be on its way
             pages = self._missing_pages(request)
-            if self._admit(request, promised + pages, passed, plan):
+            fits = promised + pages <= room
+            if fits and self._admit(request, promised + pages, passed, plan):
                 chunk = min(request.num_to_compute, budget)
                 if not self._grow(request, chunk, plan):
                     raise AssertionError("admission promised pages that are not there")
                 promised += self._missing_pages(request)
+                room = self._adapters.room
                 budget -= chunk
                 plan.add(request, chunk, self._adapter_slot(request))
                 if not (self._free_slots and budget > 0) or any(map(policy.is_starved, passed)):
@@ -179,8 +186,8 @@ class Scheduler:
 
     def _missing_pages(self, request: Request) -> int:
         """Pages that a request lacks for its tokens so far and the next one, sampled or not yet."""
-        known = request.num_tokens + (request.in_flight == 0)
-        tokens = min(known, len(request.prompt) + request.max_output - 1)
+        output = min(len(request.output) + (request.in_flight or 1), request.max_output - 1)
+        tokens = len(request.prompt) + output
         return max(-(-tokens // self._page_size) - len(request.pages), 0)
 
     def _grow(self, request: Request, tokens: int, plan: "_Draft") -> bool:
@@ -247,11 +254,11 @@ class _Draft:
     def add(self, request: Request, length: int, adapter_slot: int | None) -> None:
         """Adds a row and counts its tokens as computed, and its sample as in flight."""
         assert request.slot is not None
-        start = request.num_computed
-        samples = start + length == request.num_tokens
+        start, output = request.num_computed, request.num_output
+        samples = start + length == len(request.prompt) + output
         tokens = request.tokens_from(start, length)
         self.rows.append(
-            RowPlan(request, request.slot, adapter_slot, start, tokens, samples, request.num_output)
+            RowPlan(request, request.slot, adapter_slot, start, tokens, samples, output)
         )
         request.num_computed += length
         request.in_flight += samples
