@@ -214,7 +214,7 @@ def updated(page: str, results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="S-LoRA's policies, simulated")
     parser.add_argument("--tables", action="store_true", help="from the committed results")
     if not parser.parse_args().tables:
         with ProcessPoolExecutor(max_workers=2) as pool:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from slora_jax.cli import CommandError
 from slora_jax.config import EngineConfig
-from slora_jax.scheduling.options import SchedulingOptions
+from slora_jax.scheduling.options import PolicyName, SchedulingOptions
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine
@@ -84,9 +84,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add_scheduling_arguments(parser)
 
 
-def add_scheduling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the policies' settings, with the defaults of `SchedulingOptions`."""
-    _add_fields(parser.add_argument_group("scheduling"), SchedulingOptions, _SCHEDULING_HELP)
+def add_scheduling_arguments(parser: argparse.ArgumentParser, *, choice: bool = True) -> None:
+    """Adds the policies' settings, with the defaults of `SchedulingOptions`.
+
+    Args:
+        parser: of a command.
+        choice: whether `--scheduling-policy` is one of them.
+    """
+    texts = {k: v for k, v in _SCHEDULING_HELP.items() if choice or k != "scheduling_policy"}
+    _add_fields(parser.add_argument_group("scheduling"), SchedulingOptions, texts)
 
 
 def _add_fields(group: Any, options: type[SchedulingOptions], texts: Mapping[str, str]) -> None:
@@ -110,16 +116,16 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def scheduling_options(args: argparse.Namespace) -> SchedulingOptions:
-    """The parsed `add_scheduling_arguments`.
+def scheduling_options(args: argparse.Namespace, policy: str) -> SchedulingOptions:
+    """The parsed `add_scheduling_arguments` without the choice, for a policy.
 
     Raises:
         CommandError: a value is out of its range.
     """
+    names = [field.name for field in fields(SchedulingOptions)]
+    values = {name: getattr(args, name) for name in names if name != "scheduling_policy"}
     try:
-        return SchedulingOptions(
-            **{f.name: getattr(args, f.name) for f in fields(SchedulingOptions)}
-        )
+        return SchedulingOptions(**values, scheduling_policy=cast(PolicyName, policy))
     except ValueError as error:
         raise CommandError(str(error)) from error
 

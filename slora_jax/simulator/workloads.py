@@ -49,6 +49,21 @@ class Workload:
     shortest: int = 8
     longest: int = 512
 
+    def __post_init__(self) -> None:
+        checks = {
+            "adapters": (self.adapters >= 0, "at least 0"),
+            "rate": (self.rate > 0, "above 0"),
+            "seconds": (self.rate * self.seconds >= 1, "long enough for one request"),
+            "cv": (self.cv > 0, "above 0"),
+            "alpha": (self.alpha > 0, "above 0"),
+            "zipf": (self.zipf is None or self.zipf >= 0, "at least 0"),
+            "shortest": (self.shortest >= 1, "at least 1"),
+            "longest": (self.longest > self.shortest, f"above shortest ({self.shortest})"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
     def arrivals(self, seed: int = 0) -> list[Arrival]:
         """The trace; the same for the same seed."""
         rng = np.random.default_rng(seed)
