@@ -148,6 +148,18 @@ def tables(results: list[dict[str, Any]]) -> str:
     )
 
 
+def summary(results: list[dict[str, Any]]) -> str:
+    """The README's table: attainment of the paper's two overloaded servers, Poisson arrivals."""
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        if result["kind"] == "cv" and result["workload"]["cv"] == 1:
+            pair = result["measured"]["attainment"], result["simulated"]["attainment"]
+            lines.setdefault(result["preset"], []).append("{:.2f} / **{:.2f}**".format(*pair))
+    header = ["`--preset`", "`fcfs`", "`lcfs`", "`abort`"]
+    rows = ([f"`{name}`", *lines[name]] for name in ("a10g-s2", "a100-80-s4"))
+    return _markdown(header, rows)
+
+
 def _pairs(*names: str) -> list[str]:
     return [f"{name}: {who}" for name in names for who in ("S-LoRA", "simulated")]
 

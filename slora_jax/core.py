@@ -215,7 +215,7 @@ class Request:
         return (*known, *[FROM_DEVICE] * (length - len(known)))
 
 
-class RowPlan(NamedTuple):  # which is made four times as fast as a frozen dataclass
+class RowPlan(NamedTuple):  # made in a third of the time of a frozen dataclass
     """One request's part of a step: its tokens from position `start` on."""
 
     request: Request

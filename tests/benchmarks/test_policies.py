@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.policies import PAGE, RESULTS, SLO_S, Experiment, experiments, updated
+from benchmarks.policies import (
+    PAGE,
+    RESULTS,
+    SLO_S,
+    Experiment,
+    experiments,
+    summary,
+    updated,
+)
 from benchmarks.slora_figures import THROUGHPUTS
 from slora_jax.scheduling.options import SchedulingOptions
 from slora_jax.simulator.metrics import measure
@@ -18,6 +26,10 @@ COMMITTED = json.loads(RESULTS.read_text())
 
 def test_the_page_says_what_was_simulated():
     assert updated(PAGE.read_text(), COMMITTED) == PAGE.read_text(), "python -m benchmarks.policies"
+
+
+def test_the_readme_says_what_was_simulated():
+    assert summary(COMMITTED) in (PAGE.parents[1] / "README.md").read_text()
 
 
 def test_the_results_are_of_these_experiments():

@@ -152,6 +152,17 @@ class TestFcfs:
             assert len(host.admitted) < 10
         assert len(host.admitted) == 2 + 3 + 1
 
+    def test_the_bound_holds_within_a_step(self):
+        host = Host(capacity=9, max_overtakes=1, max_num_seqs=6)
+        host.add(8, max_output=8)
+        host.step()
+        large = host.add(30, max_output=4)
+        small = [host.add(3) for _ in range(3)]
+        host.step()
+        assert large in host.overtakers
+        assert [request in host.overtakers for request in small] == [False, True, True]
+        host.drain()
+
     def test_looks_no_further_than_the_lookahead(self):
         host = Host(capacity=6, max_overtakes=9, scheduling_lookahead=1)
         host.add(8, max_output=8)
