@@ -6,9 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, run_state_machine_as_test
 
-from slora_jax.core import Request
-from slora_jax.scheduling.early_abort import SmoothedRate
+from slora_jax.core import Request, SamplingParams
+from slora_jax.scheduling.cost_model import CostModel, StepLoad
+from slora_jax.scheduling.early_abort import EarlyAbort, SmoothedRate
 from slora_jax.scheduling.options import POLICIES, SchedulingOptions
+from slora_jax.scheduling.queue import WaitingQueue
 from tests.scheduling.machine import ServingMachine
 from tests.scheduling.model import Host
 
@@ -280,6 +282,21 @@ class TestEarlyAbort:
         assert rejection.request is late
         assert rejection.reason.startswith("overloaded: after 6.0 s in the queue")
         host.drain()
+
+    def test_the_predicted_time_to_the_first_token_counts(self):
+        """A prompt of three steps, of a second each, has to begin three seconds earlier."""
+        model = CostModel(warm_up=1)
+        model.observe(StepLoad(16, 100, 0, 0), 1.0)
+        policy = EarlyAbort(SchedulingOptions(scheduling_policy="abort"), model, step_tokens=16)
+        queue = WaitingQueue()
+        for length in (16, 48):
+            tokens = [0] * length
+            queue.add(Request(id=str(length), prompt=tokens, params=SamplingParams()))
+        turned_away = [
+            [rejection.request.id for rejection in policy.hopeless(queue, now)]
+            for now in (2.4, 2.6, 4.4, 4.6)
+        ]
+        assert turned_away == [[], ["48"], ["48"], ["16", "48"]]
 
     def test_a_stream_that_has_begun_is_never_turned_away(self):
         host = Host(max_num_seqs=1, scheduling_policy="abort")
