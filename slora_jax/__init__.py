@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slora_jax.config import ModelConfig as ModelConfig
     from slora_jax.core import EngineDeadError as EngineDeadError
     from slora_jax.core import FinishReason as FinishReason
+    from slora_jax.core import OverloadedError as OverloadedError
     from slora_jax.core import RequestError as RequestError
     from slora_jax.core import RequestOutput as RequestOutput
     from slora_jax.core import SamplingParams as SamplingParams
@@ -26,6 +27,7 @@ _HOME = {
     "EngineDeadError": "slora_jax.core",
     "FinishReason": "slora_jax.core",
     "ModelConfig": "slora_jax.config",
+    "OverloadedError": "slora_jax.core",
     "RequestError": "slora_jax.core",
     "RequestOutput": "slora_jax.core",
     "SamplingParams": "slora_jax.core",
@@ -38,6 +40,7 @@ __all__ = [
     "EngineDeadError",
     "FinishReason",
     "ModelConfig",
+    "OverloadedError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from slora_jax.scheduling.options import SchedulingOptions
+
 LAYER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OUTER_MODULES = ("embed_tokens", "lm_head")  # the projections that belong to no layer
 
@@ -92,8 +94,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How the engine is set up. Names are vLLM's where it has one.
+class EngineConfig(SchedulingOptions):
+    """How the engine is set up, beside the scheduling. Names are vLLM's where it has one.
 
     Attributes:
         dtype: of weights, KV cache and adapters. "auto": the checkpoint's on an accelerator,
@@ -134,6 +136,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = "~/.cache/slora-jax"
 
     def __post_init__(self) -> None:
+        SchedulingOptions.__post_init__(self)  # super() knows no classes with slots
         if self.decode_batch_sizes is not None:
             object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))
         sizes = self.decode_batch_sizes

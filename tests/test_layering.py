@@ -84,6 +84,9 @@ def test_nobody_reaches_into_jax(folder):
     assert not wrong
 
 
-def test_the_scheduler_runs_without_jax():
-    check = "import sys, slora_jax.engine.scheduler; sys.exit('jax' in sys.modules)"
+@pytest.mark.parametrize("package", ["scheduling", "simulator", "pool"])
+def test_scheduling_runs_without_jax(package):
+    modules = [f"slora_jax.{package}.{path.stem}" for path in sources(f"slora_jax/{package}")]
+    names = ", ".join(name.removesuffix(".__init__") for name in modules)
+    check = f"import sys, {names}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

@@ -47,6 +47,11 @@ class AdapterCache:
         """The resident adapters, least recently used first."""
         return dict(self._resident)
 
+    @property
+    def room(self) -> int:
+        """Pages that `make_room` can free, the free ones included."""
+        return self._pool.num_free + self._evictable()
+
     def make_room(self, pages: int) -> bool:
         """Evicts unused adapters, oldest first, until `pages` are free; none if that is in vain."""
         if pages <= self._pool.num_free:

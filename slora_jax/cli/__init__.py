@@ -11,6 +11,7 @@ from importlib import import_module
 _SUMMARIES = {
     "demo": "serve the adapters that come with this package, all in one batch",
     "generate": "serve a file of completion requests",
+    "simulate": "compare scheduling policies on a simulated device",
 }
 
 

@@ -32,13 +32,13 @@ from slora_jax.cli.options import (
     base_names,
     start_engine,
 )
-from slora_jax.core import FinishReason, RequestError, RequestOutput
+from slora_jax.core import RequestError, RequestOutput
 from slora_jax.openai.completions import (
     CompletionRequest,
     CompletionResponse,
     completion_response,
 )
-from slora_jax.openai.errors import ErrorResponse, find_adapter, parse_body
+from slora_jax.openai.errors import ErrorResponse, error_of, find_adapter, parse_body
 from slora_jax.openai.tokens import TokenTexts
 
 if TYPE_CHECKING:
@@ -178,7 +178,9 @@ class Batch:
                 prompt = self._engine.tokenizer.encode(prompt, request.add_special_tokens)
             for choice in range(request.n):
                 params = request.sampling_params(choice)
-                request_id = self._engine.add_request(prompt, params, adapter=adapter)
+                request_id = self._engine.add_request(
+                    prompt, params, adapter=adapter, priority=request.priority
+                )
                 line.outputs[request_id] = None
                 self._running[request_id] = line
 
@@ -192,9 +194,9 @@ class Batch:
         outputs = [output for output in line.outputs.values() if output is not None]
         if len(outputs) == len(line.outputs):
             assert line.request is not None
-            failed = [o for o in outputs if o.finish_reason is FinishReason.ERROR]
-            if failed:
-                line.result = ErrorResponse.of(RequestError(str(failed[0].stop_reason), "model"))
+            errors = [error for error in map(error_of, outputs) if error is not None]
+            if errors:
+                line.result = ErrorResponse.of(errors[0])
             else:
                 line.result = completion_response(line.request, outputs, self._texts)
 

@@ -2,19 +2,37 @@
 """The options that all commands share: the model, its adapters, and the engine's settings."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from slora_jax.cli import CommandError
 from slora_jax.config import EngineConfig
+from slora_jax.scheduling.options import PolicyName, SchedulingOptions
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine
 
-# One option for each field of `EngineConfig`, which gives types and defaults.
+# One option for each field of `SchedulingOptions` and `EngineConfig`: types and defaults are there.
+_SCHEDULING_HELP: Mapping[str, str] = {
+    "scheduling_policy": "who is admitted next: first come, last come, early abort, adapter "
+    "clustering, fairness between adapters, priorities",
+    "scheduling_lookahead": "requests without room that a step looks past",
+    "max_overtakes": "requests that may be admitted past one that finds no room",
+    "admission_watermark": "share of the pool that an admission leaves free",
+    "slo_first_token_s": "abort: seconds in which a first token is due",
+    "slo_margin_s": "abort: seconds kept in hand beside the predicted time",
+    "slo_rate_window_s": "abort: seconds over which arrivals and admissions are counted",
+    "slo_rate_smoothing": "abort: weight of the latest window in the smoothed rates",
+    "cluster_adapters": "cluster: most distinct adapters in the batch",
+    "cluster_mode": "cluster: whether others fill up room that is left",
+    "vtc_input_weight": "vtc: service that a token of the prompt counts for",
+    "vtc_output_weight": "vtc: the same of the output",
+    "vtc_adapter_weights": "vtc: shares of adapters (default: 1 each)",
+    "priority_ageing_s": "priority: seconds of waiting that are worth one level",
+}
 _ENGINE_HELP: Mapping[str, str] = {
     "dtype": "of weights, KV cache and adapters; auto: the checkpoint's, on a CPU float32",
     "load_format": "dummy: random weights of the model's shape",
@@ -62,10 +80,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the engine's settings, with the defaults of `EngineConfig`."""
-    group = parser.add_argument_group("engine")
-    hints = get_type_hints(EngineConfig)
-    for field in fields(EngineConfig):
-        text = _ENGINE_HELP[field.name]
+    _add_fields(parser.add_argument_group("engine"), EngineConfig, _ENGINE_HELP)
+    add_scheduling_arguments(parser)
+
+
+def add_scheduling_arguments(parser: argparse.ArgumentParser, *, choice: bool = True) -> None:
+    """Adds the policies' settings, with the defaults of `SchedulingOptions`.
+
+    Args:
+        parser: of a command.
+        choice: whether `--scheduling-policy` is one of them.
+    """
+    texts = {k: v for k, v in _SCHEDULING_HELP.items() if choice or k != "scheduling_policy"}
+    _add_fields(parser.add_argument_group("scheduling"), SchedulingOptions, texts)
+
+
+def _add_fields(group: Any, options: type[SchedulingOptions], texts: Mapping[str, str]) -> None:
+    """Adds an option for each field of a dataclass that there is a text for."""
+    hints = get_type_hints(options)
+    for field in fields(options):
+        if field.name not in texts:
+            continue
+        text = texts[field.name]
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             default=field.default,
@@ -78,6 +114,20 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The parsed `add_engine_arguments`, as keyword arguments of `Engine`."""
     values = {field.name: getattr(args, field.name) for field in fields(EngineConfig)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def scheduling_options(args: argparse.Namespace, policy: str) -> SchedulingOptions:
+    """The parsed `add_scheduling_arguments` without the choice, for a policy.
+
+    Raises:
+        CommandError: a value is out of its range.
+    """
+    names = [field.name for field in fields(SchedulingOptions)]
+    values = {name: getattr(args, name) for name in names if name != "scheduling_policy"}
+    try:
+        return SchedulingOptions(**values, scheduling_policy=cast(PolicyName, policy))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def base_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -147,12 +197,37 @@ def _named_dir(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+class _NamedNumbers(argparse.Action):
+    """Collects NAME=NUMBER values in a dictionary."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        found = dict(getattr(namespace, self.dest) or {})
+        for text in values or ():
+            name, equals, number = str(text).rpartition("=")
+            try:
+                found[name] = float(number)
+            except ValueError:
+                equals = ""
+            if not (name and equals):
+                raise argparse.ArgumentError(self, f"{text!r} is not NAME=NUMBER")
+        setattr(namespace, self.dest, found)
+
+
 def _value_options(hint: Any) -> dict[str, Any]:
     """How argparse reads values of a type: a `Literal`, a tuple, a plain type, each or None."""
+    hint = getattr(hint, "__value__", hint)  # of a named type
     if get_origin(hint) is UnionType:
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
         return {"type": get_args(hint)[0], "nargs": "+", "metavar": "N"}
+    if get_origin(hint) is Mapping:
+        return {"action": _NamedNumbers, "nargs": "+", "metavar": "NAME=N"}
     return {"type": hint, "metavar": "N"}

@@ -2,6 +2,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,13 @@ from slora_jax.core import (
 from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
-from slora_jax.engine.scheduler import Scheduler
 from slora_jax.engine.sizing import check_pool_fits, pool_pages
 from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
+from slora_jax.scheduling.choice import make_policy
+from slora_jax.scheduling.cost_model import CostModel, step_load
+from slora_jax.scheduling.scheduler import Scheduler
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
 
 
@@ -85,16 +88,20 @@ class Engine:
             model_dir=None if self.options.load_format == "dummy" else model_dir,
         )
         self.cache = AdapterCache(self.pool, self.options.max_loras, self.adapters.num_pages)
+        self.cost_model = CostModel()  # learns from every step what the next ones will take
+        step_tokens = self.options.max_num_batched_tokens
         self.scheduler = Scheduler(
             self.pool,
             self.cache,
             page_size=layout.page_size,
             max_num_seqs=self.options.max_num_seqs,
-            max_num_batched_tokens=self.options.max_num_batched_tokens,
+            max_num_batched_tokens=step_tokens,
+            policy=make_policy(self.options, self.cost_model, step_tokens),
         )
         self.runner = ModelRunner(weights, self.config, self.options, layout, self.adapters.packed)
         self._progress: dict[str, RequestProgress] = {}
         self._pending: StepResult | None = None
+        self._step_start = 0.0  # when the device began with the pending step
         self._failure: BaseException | None = None
         self._ids = itertools.count()
         self._requests = RequestMaker(
@@ -139,6 +146,7 @@ class Engine:
         *,
         adapter: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> str:
         """Queues a request and returns its id.
 
@@ -147,6 +155,7 @@ class Engine:
             params: defaults to `SamplingParams()`.
             adapter: a loaded adapter's name; None for the base model.
             request_id: must not be that of a request in progress; made up if None.
+            priority: lower goes first, under the policy "priority"; others have no use for it.
 
         Raises:
             RequestError: it can never be served; the message names the field and the remedy.
@@ -158,7 +167,14 @@ class Engine:
             request_id = next(name for name in made_up if name not in self._progress)
         if request_id in self._progress:
             raise RequestError(f"request_id {request_id!r} is in progress already", "request_id")
+        if priority and self.options.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority is {priority}, but the scheduling_policy is "
+                f"{self.options.scheduling_policy!r}: start the engine with 'priority'",
+                "priority",
+            )
         request = self._requests.make(request_id, prompt, params, adapter)
+        request.priority = priority
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, request.prompt, params.skip_special_tokens)
@@ -186,7 +202,7 @@ class Engine:
         So the device never waits for Python, and the tokens returned are one step late.
 
         Returns:
-            One output for each request that got a token.
+            One output for each request that got a token, or that the policy turned away.
 
         Raises:
             EngineDeadError: an earlier step failed.
@@ -249,12 +265,23 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         plan = self.scheduler.schedule()
+        rejected = [
+            self._progress.pop(rejection.request.id).reject(rejection.reason)
+            for rejection in self.scheduler.take_rejections()
+        ]
         previous, self._pending = self._pending, self.runner.run(plan) if plan else None
+        start = time.monotonic()
         if previous is None:
             if plan is None and self._progress:
                 raise AssertionError("requests wait, but none can run")
-            return []
-        return self._read(previous)
+            self._step_start = start
+            return rejected
+        outputs = self._read(previous)
+        end = time.monotonic()
+        load = step_load(previous.plan, lambda name: self.adapters[name].rank)
+        self.cost_model.observe(load, end - self._step_start)
+        self._step_start = end
+        return rejected + outputs
 
     def _check_alive(self) -> None:
         if self._failure is not None:

@@ -69,6 +69,10 @@ class RequestProgress:
         """Ends the request where it stands."""
         return self._output([], FinishReason.ABORT, None)
 
+    def reject(self, why: str) -> RequestOutput:
+        """Ends a request that the scheduling policy turned away."""
+        return self._output([], FinishReason.REJECTED, why)
+
     def set_prompt_logprobs(self, position: int, logprobs: PositionLogprobs) -> None:
         """Log-probabilities of the prompt token at `position`; the first value counts."""
         assert self._prompt_logprobs is not None

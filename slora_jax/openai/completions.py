@@ -33,6 +33,7 @@ class CompletionRequest(SamplingFields):
             positions included with `echo`.
         prompt_logprobs: the same for the prompt, in vLLM's shape.
         request_id: becomes part of the response's id.
+        priority: lower goes first, under the scheduling policy "priority".
         return_tokens_as_token_ids: name tokens `token_id:N` in `logprobs`.
     """
 
@@ -47,6 +48,7 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     add_special_tokens: bool = True
     request_id: str | None = None
+    priority: int = 0
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 

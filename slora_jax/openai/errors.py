@@ -5,7 +5,7 @@ from collections.abc import Container
 
 from pydantic import BaseModel, ValidationError
 
-from slora_jax.core import RequestError
+from slora_jax.core import FinishReason, OverloadedError, RequestError, RequestOutput
 
 
 class UnknownModelError(RequestError):
@@ -32,17 +32,24 @@ class ErrorResponse(BaseModel):
     @classmethod
     def of(cls, error: RequestError) -> "ErrorResponse":
         """The error object of a request that is not served."""
-        unknown = isinstance(error, UnknownModelError)
-        info = ErrorInfo(
-            message=str(error),
-            type="NotFoundError" if unknown else "BadRequestError",
-            param=error.param,
-            code=404 if unknown else 400,
-        )
-        return cls(error=info)
+        kind, code = "BadRequestError", 400
+        if isinstance(error, UnknownModelError):
+            kind, code = "NotFoundError", 404
+        elif isinstance(error, OverloadedError):
+            kind, code = "ServiceUnavailableError", 503
+        return cls(error=ErrorInfo(message=str(error), type=kind, param=error.param, code=code))
 
     def to_json(self) -> str:
         return self.model_dump_json()
+
+
+def error_of(output: RequestOutput) -> RequestError | None:
+    """Why a finished request has no answer: None if it has one."""
+    if output.finish_reason is FinishReason.ERROR:
+        return RequestError(str(output.stop_reason), "model")
+    if output.finish_reason is FinishReason.REJECTED:
+        return OverloadedError(str(output.stop_reason))
+    return None
 
 
 def find_adapter(model: str, base_names: Container[str], adapters: Container[str]) -> str | None:

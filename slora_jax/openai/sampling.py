@@ -29,7 +29,6 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "truncate_prompt_tokens": (None, "shorten the prompt before sending it"),
     "logprob_token_ids": ([], "use logprobs"),
     "spaces_between_special_tokens": (True, "the tokenizer decides"),
-    "priority": (0, "requests are served first come, first served"),
     "kv_transfer_params": (None, "prefill and decoding share one pool"),
     "vllm_xargs": ({}, "there are no further arguments"),
     "lora_path": (None, "name the adapter in 'model'"),

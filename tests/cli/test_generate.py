@@ -163,7 +163,7 @@ class FakeEngine:
     def has_unfinished(self) -> bool:
         return bool(self.left)
 
-    def add_request(self, prompt, params, *, adapter) -> str:
+    def add_request(self, prompt, params, *, adapter, priority) -> str:
         if prompt == [0]:
             raise RequestError("no zeros", "prompt")
         self.num_added += 1

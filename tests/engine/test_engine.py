@@ -12,6 +12,7 @@ from slora_jax.core import EngineDeadError, FinishReason, RequestError
 from slora_jax.demo import BASE_MODEL, adapter_dirs
 from slora_jax.demo.tasks import COPY, TASKS
 from slora_jax.hf_config import read_model_config
+from slora_jax.openai.errors import ErrorResponse, error_of
 from slora_jax.pool.allocator import PageUse
 from tests.adapters.make import write_adapter
 
@@ -436,3 +437,39 @@ class TestAborting:
         outputs = list(engine.stream())
         assert {output.request_id for output in outputs} == {ids[1]}
         assert outputs[-1].text == "hello world"
+
+
+class TestPolicies:
+    def test_who_is_turned_away_is_told_why(self):
+        """The second request would have to wait for the first one's 150 tokens."""
+        engine = Engine(
+            BASE_MODEL,
+            dtype="float32",
+            num_pages=64,
+            max_num_seqs=1,
+            max_num_batched_tokens=32,
+            decode_batch_sizes=(1,),
+            scheduling_policy="abort",
+            slo_first_token_s=0.02,
+            slo_margin_s=0.0,
+        )
+        long = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+        first = engine.add_request("hello", long)
+        while not engine.scheduler.running:
+            engine.step()
+        second = engine.add_request("hello", GREEDY)
+        outputs = {output.request_id: output for output in engine.stream()}
+        assert outputs[first].finish_reason is FinishReason.LENGTH
+        assert outputs[second].finish_reason is FinishReason.REJECTED
+        assert outputs[second].stop_reason.startswith("overloaded: ")
+        assert outputs[second].token_ids == []
+        error = error_of(outputs[second])
+        assert ErrorResponse.of(error).error.code == 503
+        assert error_of(outputs[first]) is None
+        engine.check()
+        assert engine.cost_model.num_observed > 100
+        assert engine.cost_model.as_dict()["step_s"] > 0
+
+    def test_priority_needs_its_policy(self, engine):
+        with pytest.raises(RequestError, match="scheduling_policy is 'fcfs'"):
+            engine.add_request("hello", priority=1)

@@ -29,7 +29,6 @@ REFUSED = [
     ("truncate_prompt_tokens", None, 3),
     ("logprob_token_ids", [], [1]),
     ("spaces_between_special_tokens", True, False),
-    ("priority", 0, 1),
     ("kv_transfer_params", None, {}),
     ("vllm_xargs", {}, {"a": 1}),
     ("lora_path", None, "upper"),

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which requests run in the next step, with how many tokens, on which pages.
 
-Iteration-level scheduling, first come first served: every step, each decoding request gets one
-token, prompts get the rest of the token budget in chunks, and waiting requests are admitted while
-rows, pages and adapter slots last. Nobody overtakes: where the first in the queue finds no room,
-the rest wait behind it, so nobody starves. Output lengths are unknown, so admission is optimistic:
-when pages run out, the request admitted last is preempted and later computed again.
+Iteration-level scheduling: every step, each decoding request gets one token, prompts get the rest
+of the token budget in chunks, and waiting requests are admitted while rows, pages and adapter slots
+last, in the order that a policy wants. Who finds no room is skipped for a while, and then overtaken
+no more, so nobody starves. Output lengths are unknown, so admission is optimistic: when pages run
+out, the request admitted last is preempted and later computed again.
 
 The host plans a step before it has read the previous one's tokens. That is safe because the device
 runs steps in order: pages released here may still be written by a step in flight, but only before
 any step planned later touches them.
 """
 
-from collections import Counter, deque
-from collections.abc import Iterator
+import time
+from bisect import insort_right
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from slora_jax.adapters.residency import AdapterCache
-from slora_jax.core import Install, Request, RowPlan, StepPlan
+from slora_jax.core import Install, Rejection, Request, RowPlan, StepPlan
 from slora_jax.pool.allocator import PagePool, PageUse
+from slora_jax.scheduling.options import SchedulingOptions
+from slora_jax.scheduling.policies import Policy
+from slora_jax.scheduling.queue import WaitingQueue
 
 
 class Scheduler:
@@ -29,6 +34,8 @@ class Scheduler:
         page_size: tokens of a KV page.
         max_num_seqs: most requests in the batch.
         max_num_batched_tokens: most tokens of a step; at least `max_num_seqs`.
+        policy: who is admitted next; None: first come, first served.
+        clock: seconds that pass; another one in simulations.
     """
 
     def __init__(
@@ -39,15 +46,20 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        self.policy = policy or Policy(SchedulingOptions())
+        self._clock = clock
         self._pool = pool
         self._adapters = adapters
         self._page_size = page_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []  # by the policy's seniority, of equals by admission
         self.num_preemptions = 0
+        self._rejections: list[Rejection] = []
 
     @property
     def requests(self) -> Iterator[Request]:
@@ -56,12 +68,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request. Its pages, all in all, must fit the pool: the engine has checked."""
-        self.waiting.append(request)
+        request.arrival = self._clock()
+        self.policy.arrived(request, self.waiting)
+        self.waiting.add(request)
 
     def finish(self, request: Request) -> None:
         """Forgets a request, running or waiting, and frees all it holds."""
         if request.slot is None:
             self.waiting.remove(request)
+            self.policy.left(request, self.waiting)
         else:
             self._stop(request)
 
@@ -71,59 +86,108 @@ class Scheduler:
         request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     def schedule(self) -> StepPlan | None:
-        """Plans a step and takes it as dispatched; None if nothing can run now."""
+        """Plans a step and takes it as dispatched; None if nothing can run now.
+
+        Whom the policy turned away is forgotten: `take_rejections` says so, once.
+        """
+        now = self._clock()
+        for rejection in self.policy.hopeless(self.waiting, now):
+            self.finish(rejection.request)
+            self._rejections.append(rejection)
         plan = _Draft()
-        budget = self._max_num_batched_tokens
-        budget -= sum(request.num_to_compute == 1 for request in self.running)
         preempted = self.num_preemptions
-        for request in tuple(self.running):
-            wanted = request.num_to_compute
-            chunk = 1 if wanted == 1 else min(wanted, budget)
+        budget = self._plan_running(plan)
+        if preempted == self.num_preemptions:
+            self._plan_waiting(plan, budget, now)
+        finished = plan.finish()
+        if finished is not None:
+            self.policy.planned(finished)
+        return finished
+
+    def take_rejections(self) -> list[Rejection]:
+        """Requests that the policy turned away since the last call."""
+        rejections, self._rejections = self._rejections, []
+        return rejections
+
+    def _plan_running(self, plan: "_Draft") -> int:
+        """Gives the batch its tokens; returns how many the step has left."""
+        wanted = [request.num_to_compute for request in self.running]
+        budget = self._max_num_batched_tokens - wanted.count(1)
+        for request, tokens in zip(tuple(self.running), wanted, strict=True):
+            chunk = 1 if tokens == 1 else min(tokens, budget)
             if request.slot is None or chunk == 0 or not self._grow(request, chunk, plan):
                 continue
-            budget -= chunk if wanted > 1 else 0
+            budget -= chunk if tokens > 1 else 0
             plan.add(request, chunk, self._adapter_slot(request))
-        while self.waiting and budget > 0 and preempted == self.num_preemptions:
-            request = self.waiting[0]
-            if not self._admit(request, plan):
-                break
-            chunk = min(request.num_to_compute, budget)
-            if not self._grow(request, chunk, plan):
-                raise AssertionError("admission promised pages that are not there")
-            budget -= chunk
-            plan.add(request, chunk, self._adapter_slot(request))
-        return plan.finish()
+        return budget
 
-    def _admit(self, request: Request, plan: "_Draft") -> bool:
+    def _plan_waiting(self, plan: "_Draft", budget: int, now: float) -> None:
+        """Admits who fits, in the policy's order, with what is left of the step's tokens."""
+        if not (self.waiting and self._free_slots and budget > 0):
+            return
+        policy, passed = self.policy, list[Request]()
+        promised = sum(map(self._missing_pages, self.running))
+        if self.running:  # else one that needs the whole pool would wait for ever
+            promised += int(policy.options.admission_watermark * self._pool.capacity)
+        room = self._adapters.room
+        if promised >= room:
+            return  # everybody needs a page
+        for request in policy.candidates(self.waiting, self.running, now):
+            if request.in_flight:
+                break  # a preempted request's last token may still be on its way
+            pages = self._missing_pages(request)
+            fits = promised + pages <= room
+            if fits and self._admit(request, promised + pages, passed, plan):
+                chunk = min(request.num_to_compute, budget)
+                if not self._grow(request, chunk, plan):
+                    raise AssertionError("admission promised pages that are not there")
+                promised += self._missing_pages(request)
+                room = self._adapters.room
+                budget -= chunk
+                plan.add(request, chunk, self._adapter_slot(request))
+                if not (self._free_slots and budget > 0) or any(map(policy.is_starved, passed)):
+                    break
+            elif policy.is_starved(request) or len(passed) >= policy.options.scheduling_lookahead:
+                break
+            else:
+                passed.append(request)
+
+    def _admit(self, request: Request, reserve: int, passed: list[Request], plan: "_Draft") -> bool:
         """Gives a waiting request a slot and its adapter, if its tokens so far have room.
 
         Room beside what the running requests will need: an admission should not preempt anybody
         a step later.
+
+        Args:
+            request: the candidate.
+            reserve: pages that it and the running requests lack.
+            passed: candidates before it that found no room.
+            plan: the step.
         """
-        if not self._free_slots or request.in_flight:
-            return False  # a preempted request's last token may still be on its way
-        pages = sum(map(self._missing_pages, (request, *self.running)))
         if request.adapter is None:
-            if not self._adapters.make_room(pages):
+            if not self._adapters.make_room(reserve):
                 return False
         else:
-            acquired = self._adapters.acquire(request.adapter, reserve=pages)
+            acquired = self._adapters.acquire(request.adapter, reserve=reserve)
             if acquired is None:
                 return False
             plan.installs += [acquired[1]] if acquired[1] else []
-        self.waiting.popleft()
+        self.policy.admitted(request, passed, self.waiting)
+        self.waiting.remove(request)
+        self.policy.left(request, self.waiting)
+        request.overtaken = 0
         request.slot = self._free_slots.pop()
-        self.running.append(request)
+        insort_right(self.running, request, key=self.policy.seniority)
         plan.started.append(request)
         return True
 
     def _missing_pages(self, request: Request) -> int:
         """Pages that a request lacks for its tokens so far and the next one, sampled or not yet."""
-        known = request.num_tokens + (request.in_flight == 0)
-        tokens = min(known, len(request.prompt) + request.max_output - 1)
+        output = min(len(request.output) + (request.in_flight or 1), request.max_output - 1)
+        tokens = len(request.prompt) + output
         return max(-(-tokens // self._page_size) - len(request.pages), 0)
 
     def _grow(self, request: Request, tokens: int, plan: "_Draft") -> bool:
@@ -133,6 +197,8 @@ class Scheduler:
             False if the request itself, being the last, had to be preempted.
         """
         wanted = -(-(request.num_computed + tokens) // self._page_size) - len(request.pages)
+        if wanted == 0:
+            return True  # as for nearly all rows
         while not self._adapters.make_room(wanted):
             victim = self.running[-1]
             self.preempt(victim)
@@ -188,11 +254,11 @@ class _Draft:
     def add(self, request: Request, length: int, adapter_slot: int | None) -> None:
         """Adds a row and counts its tokens as computed, and its sample as in flight."""
         assert request.slot is not None
-        start = request.num_computed
-        samples = start + length == request.num_tokens
+        start, output = request.num_computed, request.num_output
+        samples = start + length == len(request.prompt) + output
         tokens = request.tokens_from(start, length)
         self.rows.append(
-            RowPlan(request, request.slot, adapter_slot, start, tokens, samples, request.num_output)
+            RowPlan(request, request.slot, adapter_slot, start, tokens, samples, output)
         )
         request.num_computed += length
         request.in_flight += samples
