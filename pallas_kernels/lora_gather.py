@@ -31,7 +31,7 @@ from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
 from pallas_kernels.mosaic import WGMMA, accumulator, choose, iota, store, swizzled
 from pallas_kernels.segments import PAGES_AT_HAND, Adapters, Modules
 
-MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each
+MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each, if a cluster can share them so
 HELD_TILES = 8  # of outputs that a CTA sums in registers at a time: 8 registers a tile
 ROUND = 8  # slabs whose sums the CTAs of a cluster exchange at a time: a column each
 CLUSTERS = (1, 2, 4, 8)  # CTAs of a portable cluster
@@ -82,7 +82,7 @@ def lora_gather(
     parts = ceil_div(tuning.ctas, blocks * modules.count)
     parts = min(parts, tuning.most_parts, max(a_copies, *b_copies))
     parts = max(parts, ceil_div(max(b_copies) * unit, MOST_TILES))
-    parts = next(n for n in CLUSTERS if n >= parts)
+    parts = next((n for n in CLUSTERS if n >= parts), max(CLUSTERS))
     # The interpreter knows no stores into another CTA's memory: there, each multiplies all of A.
     exchange = parts > 1 and not interpreted()
     a_share = ceil_div(a_copies, parts) if exchange else a_copies

@@ -77,9 +77,8 @@ def grouped_shrink(
     """`x Aᵀ` of every block, in parts.
 
     The 8 rows of a tile that hold a slab's ranks of 64 inputs are gathered from 8 slabs into one
-    operand: `[64 tokens, 64 inputs]` times that is h of 8 slabs. A wgmma of fewer columns would
-    take as long, since reading `[64, 64]` of x from shared memory does. What no slab fills are
-    columns that nobody reads.
+    operand: `[64 tokens, 64 inputs]` times that is h of 8 slabs. So x is read from shared memory
+    once for all of them. What no slab fills are columns that nobody reads.
 
     Returns:
         `[blocks, slabs, parts, 64, 8]`: row r is the token `base + r` (`Work.base`). Only slabs in

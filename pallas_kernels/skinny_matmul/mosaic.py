@@ -43,6 +43,8 @@ def skinny_matmul(x, weight, *, plan: Plan | None = None):
     plan = plan or tuned(TUNING).plan(tokens, outputs, inputs)
     if not 0 < tokens <= MOST_TOKENS or inputs % plan.step or outputs % ROWS:
         return reference.skinny_matmul(x, weight)
+    if plan.split > inputs // plan.step:
+        raise ValueError(f"{plan} splits {inputs} inputs: some part would have no step")
     if tokens > TOKENS and tokens % TOKENS:
         padded = jnp.pad(x, ((0, -tokens % TOKENS), (0, 0)))
         return skinny_matmul(padded, weight, plan=plan)[:tokens]
@@ -140,7 +142,7 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
                 pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[slot(step - 1)]))
 
             plgpu.wgmma_wait(0)
-            pl.when(count > 0)(lambda: plgpu.barrier_arrive(free.at[slot(count - 1)]))
+            plgpu.barrier_arrive(free.at[slot(count - 1)])
             return acc[...]
 
         def store(sums):

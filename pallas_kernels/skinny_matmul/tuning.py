@@ -102,9 +102,10 @@ class Tuning:
 
 
 TUNING = {
-    # us of 64 tokens. Of 32 clusters of 4 CTAs not all ran at once, of 22 they did; nor did 16 of
-    # 8. So (4096, 4096): 64 rows split in 2 11.5, 128 rows in 4 21.9; steps of 64 12.3.
-    # (12288, 4096): 128 rows 26.7, in steps of 64 28.1, 192 rows 28.1, split in 2 29.4.
+    # us of 64 tokens. By their times, 32 clusters of 4 CTAs don't all run at once, nor 16 of 8, and
+    # 22 of 4 do; how many of 8 do was not measured. So (4096, 4096): 64 rows split in 2 11.5, in
+    # steps of 64 11.9, 128 rows in 4 21.9 (an earlier form, which took 13.7 for the first).
+    # (12288, 4096): 128 rows 26.7, in steps of 64 28.1, 192 rows 28.7, split in 2 29.4.
     # (22016, 4096): 192 rows 45.5, in steps of 64 47.8, 64 rows 46.7, 256 47.8.
     # (4096, 11008): 64 rows split in 2 25.7, in steps of 64 26.5, 192 rows in 4 28.8.
     # The next projection's first weights prefetched into the L2 cache, early or late: no gain.

@@ -8,7 +8,7 @@ for MBGMV with R² 0.96).
 
 import statistics
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -165,6 +165,4 @@ class CostModel:
 
     def as_dict(self) -> dict[str, float] | None:
         """The costs by name, for whoever wants to see them."""
-        if self.cost is None:
-            return None
-        return dict(zip(StepCost.__dataclass_fields__, astuple(self.cost), strict=True))
+        return None if self.cost is None else asdict(self.cost)

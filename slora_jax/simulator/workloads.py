@@ -2,7 +2,7 @@
 """Who asks for what, and when: S-LoRA's synthetic traces, and recorded ones in CSV."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -90,39 +90,31 @@ class TraceError(ValueError):
     """A file is not a trace; the message names the file and the column or line."""
 
 
-def read_azure(path: Path) -> list[Arrival]:
-    """The Azure LLM inference traces: `TIMESTAMP,ContextTokens,GeneratedTokens`.
-
-    Raises:
-        TraceError: it is another file.
-    """
-    rows = _rows(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"))
-    return _from_start(
-        (_seconds(path, number, time), prompt, output) for number, time, prompt, output in rows
-    )
-
-
-def read_burstgpt(path: Path) -> list[Arrival]:
-    """BurstGPT: `Timestamp` in seconds, `Request tokens`, `Response tokens`; failures have none.
-
-    Raises:
-        TraceError: it is another file.
-    """
-    rows = _rows(path, ("Timestamp", "Request tokens", "Response tokens"))
-    return _from_start(
-        (_number(path, number, time), prompt, output) for number, time, prompt, output in rows
-    )
-
-
 def read_trace(path: Path) -> list[Arrival]:
-    """Either of the formats, told apart by the header; all requests are adapter 0's.
+    """A recorded trace, in the format that its header says; all requests are adapter 0's.
+
+    Azure's LLM inference traces (`TIMESTAMP,ContextTokens,GeneratedTokens`) or BurstGPT
+    (`Timestamp` in seconds, `Request tokens`, `Response tokens`; failures have none).
 
     Raises:
         TraceError: it is neither.
     """
     with path.open(newline="") as file:
-        header = next(csv.reader(file), [])
-    return read_azure(path) if "ContextTokens" in header else read_burstgpt(path)
+        reader = csv.DictReader(file)
+        header = reader.fieldnames or ()
+        columns, time_of = _AZURE if "ContextTokens" in header else _BURST_GPT
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise TraceError(f"{path}: no column {missing[0]!r}; it has {reader.fieldnames}")
+        rows = []
+        for row in reader:
+            line, (when, *tokens) = reader.line_num, (row[name] for name in columns)
+            prompt, output = (int(_number(path, line, text)) for text in tokens)
+            if prompt > 0 and output > 0:
+                rows.append((time_of(path, line, when), prompt, output))
+    rows.sort()
+    start = rows[0][0] if rows else 0.0
+    return [Arrival(time - start, 0, prompt, output) for time, prompt, output in rows]
 
 
 def fitted_to(trace: Sequence[Arrival], workload: Workload, seed: int = 0) -> list[Arrival]:
@@ -145,20 +137,6 @@ def fitted_to(trace: Sequence[Arrival], workload: Workload, seed: int = 0) -> li
     ]
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterable[tuple[int, str, int, int]]:
-    """Line number, time, prompt and output of each request that got an answer."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise TraceError(f"{path}: no column {missing[0]!r}; it has {reader.fieldnames}")
-        for row in reader:
-            number = reader.line_num
-            prompt, output = (int(_number(path, number, row[name])) for name in columns[1:])
-            if prompt > 0 and output > 0:
-                yield number, row[columns[0]], prompt, output
-
-
 def _number(path: Path, line: int, text: str) -> float:
     try:
         return float(text)
@@ -176,8 +154,6 @@ def _seconds(path: Path, line: int, text: str) -> float:
         raise TraceError(f"{path}, line {line}: {text!r} is no date") from None
 
 
-def _from_start(rows: Iterable[tuple[float, int, int]]) -> list[Arrival]:
-    """Arrivals by time, the first at 0."""
-    ordered = sorted(rows)
-    start = ordered[0][0] if ordered else 0.0
-    return [Arrival(time - start, 0, prompt, output) for time, prompt, output in ordered]
+# Columns of the time, the prompt and the output, and how to read the time.
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _seconds
+_BURST_GPT = ("Timestamp", "Request tokens", "Response tokens"), _number

@@ -155,3 +155,21 @@ def test_lora(config, layout, compiles, names, tokens, block, max_rank):
     for modules in fused:
         operands += [shape(tokens, modules.inputs), shape(tokens, sum(modules.outputs))]
     compiles(all_of, pool, *operands, kernels=len(names) * (1 if block == 1 else 2))
+
+
+@pytest.mark.parametrize("vocab", [32000, 128256, 262144])
+def test_lora_of_the_head(compiles, vocab):
+    """Its many outputs are shared in a cluster, which has 8 CTAs at most."""
+    layout, segments = PageLayout(kv_heads=8, head_dim=128, page_size=PAGE_SIZE), 64
+    pool, modules = pool_of(layout), Modules(0, 4096, (vocab,))
+    tables = segments, pool.shape[0] + 1, 1
+
+    def head(pool, length, pages, rank, first_tile, scale, x, y):
+        size = {"layout": layout, "tokens": ROWS, "block": 1}
+        adapters = with_work(length, pages, rank, first_tile, scale, **size)
+        static = {"modules": modules, "max_rank": 64, "layout": layout, "backend": "mosaic"}
+        return lora_delta(x, y, pool, None, adapters, **static)
+
+    operands = ints(segments), ints(segments, 300), ints(*tables), ints(*tables)
+    scale = shape(*tables, dtype=jnp.float32)
+    compiles(head, pool, *operands, scale, shape(ROWS, 4096), shape(ROWS, vocab))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import skinny_matmul
 from pallas_kernels.layout import ceil_div
+from pallas_kernels.skinny_matmul import mosaic
 from pallas_kernels.skinny_matmul.tuning import LEAST_STAGES, SHARED_BYTES, TUNING, Plan
 from tests.pallas_kernels.pages import assert_close, rounded
 
@@ -24,7 +25,6 @@ SHAPES = {  # tokens, outputs, inputs, and how Mosaic is to deal them out
     "a last tile past the outputs": (16, 192, 128, Plan(128, 1, 3)),
     "a cluster splits the inputs": (20, 128, 320, Plan(64, 2, 3)),
     "a part without tokens to finish": (8, 64, 192, Plan(64, 2, 3)),
-    "more parts than steps": (16, 64, 64, Plan(64, 2, 3)),
     "steps of two tiles": (16, 128, 256, Plan(128, 1, 3, step=128)),
     "staggered": (16, 192, 320, Plan(64, 1, 3, stagger=True)),
     "odd outputs": (3, 96, 64, Plan(64, 1, 3)),
@@ -44,6 +44,11 @@ def test_matmul(backend, dtype, monkeypatch, tokens, outputs, inputs, plan):
     )
     assert got.dtype == dtype
     assert_close(got, x.astype(np.float64) @ w.astype(np.float64).T)
+
+
+def test_a_plan_with_more_parts_than_steps_is_refused():
+    with pytest.raises(ValueError, match="no step"):
+        mosaic.skinny_matmul(jnp.ones((16, 64)), jnp.ones((64, 64)), plan=Plan(64, 2, 3))
 
 
 @settings(deadline=None, max_examples=60)

@@ -3,6 +3,7 @@
 
 import time
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
@@ -83,8 +84,14 @@ def test_no_request_is_lost(policy):
 
 @pytest.mark.parametrize(("preset", "least"), [("a10g-s2", 0.78), ("a100-80-s4", 0.65)])
 def test_the_papers_order_of_policies(preset, least):
-    """Its attainments: .27 < .79 < .86 on the A10G, .10 < .70 < .72 on the A100; not fitted."""
-    fcfs, lcfs, abort = (run(preset, policy).attainment for policy in ("fcfs", "lcfs", "abort"))
+    """Its attainments: .27 < .79 < .86 on the A10G, .10 < .70 < .72 on the A100; not fitted.
+
+    Means of three traces: they differ by more than the policies' last places do.
+    """
+    fcfs, lcfs, abort = (
+        mean(run(preset, policy, seed=seed).attainment for seed in range(3))
+        for policy in ("fcfs", "lcfs", "abort")
+    )
     assert fcfs < lcfs - 0.3
     assert lcfs <= abort
     assert abort >= least
