@@ -4,7 +4,6 @@
 The pool of Llama 2 7B has more elements than 32 bits can count, and its last pages are used.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -23,6 +22,7 @@ from pallas_kernels import (
     skinny_matmul,
 )
 from pallas_kernels.layout import ceil_div
+from pallas_kernels.segments import with_work
 from tests.gpu.compare import BF16, LAYER, agree, at_the_end, in_float32, kv_pool, run, unequal
 from tests.pallas_kernels.pages import Pages, RandomAdapters
 
@@ -222,7 +222,9 @@ def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, l
     pool, adapters = jnp.asarray(pages.pool.astype(BF16)), lora.adapters
     if large:
         pool, numbers = at_the_end(pool, adapters.pages)
-        adapters = replace(adapters, pages=numbers)
+        tables = adapters.rank, adapters.first_tile, adapters.scale
+        size = {"layout": layout, "tokens": tokens, "block": block}
+        adapters = with_work(adapters.length, numbers, *tables, **size)  # `work` has pages, too
     line = None if layer is None else ints(layer)
     static = {"modules": lora.modules, "max_rank": max(ranks), "layout": layout}
 
