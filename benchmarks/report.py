@@ -135,8 +135,9 @@ def _is_plotted(line: Line) -> bool:
 def plot(lines: Sequence[Line]) -> str:
     """A bar for every kernel, as long as its share of what the device can do."""
     bars = [line for line in lines if _is_plotted(line)]
+    devices = list(dict.fromkeys(line["device"] for line in bars))
     row, left, width = 20, 430, 400
-    height = row * (len(bars) + 1)
+    height = row * (len(bars) + len(devices) + 1)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}"'
         ' font-family="sans-serif" font-size="12">',
@@ -148,14 +149,19 @@ def plot(lines: Sequence[Line]) -> str:
             f'<line x1="{x}" x2="{x}" y1="{row}" y2="{height}" stroke="#ccc"/>',
             f'<text x="{x}" y="14" text-anchor="middle" fill="#666">{percent} %</text>',
         ]
-    for number, line in enumerate(bars, 1):
-        y, length = number * row, round(width * min(line["ratio"], 1.1))
-        label = escape(f"{line['benchmark']}: {line['case']}")
-        parts += [
-            f'<text x="{left - 6}" y="{y + 14}" text-anchor="end">{label}</text>',
-            f'<rect x="{left}" y="{y + 3}" width="{length}" height="14" fill="#4878a8">'
-            f"<title>{line['us']} µs</title></rect>",
-        ]
+    y = row
+    for device in devices:
+        parts.append(f'<text x="6" y="{y + 14}" font-weight="bold">{escape(device)}</text>')
+        y += row
+        for line in (line for line in bars if line["device"] == device):
+            length = round(width * min(line["ratio"], 1.1))
+            label = escape(f"{line['benchmark']}: {line['case']}")
+            parts += [
+                f'<text x="{left - 6}" y="{y + 14}" text-anchor="end">{label}</text>',
+                f'<rect x="{left}" y="{y + 3}" width="{length}" height="14" fill="#4878a8">'
+                f"<title>{line['us']} µs</title></rect>",
+            ]
+            y += row
     return "\n".join([*parts, "</svg>\n"])
 
 
