@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -75,7 +74,7 @@ class Benchmark:
     def run(self, row: str) -> None:
         """Measures and records a row: the number of adapters, or `resident`."""
         load = self._load(0 if row == RESIDENT else int(row))
-        if row != "0" and not any(True for _ in self.engine.adapters):
+        if row != "0" and not len(self.engine.adapters.store):
             self._read_adapters()
         with Compilations() as compiled:
             if row == RESIDENT:
@@ -94,8 +93,7 @@ class Benchmark:
         start = time.perf_counter()
         where, rank = self._directory / "adapters", self._args.rank
         paths = write_adapters(where, self._config, count=self._most, rank=rank)
-        with ThreadPoolExecutor() as threads:  # checking and packing is NumPy's work
-            list(threads.map(self.engine.load_adapter, paths, paths.values()))
+        self.engine.load_adapters(paths)
         say(f"read {self._most} adapters in {time.perf_counter() - start:.1f} s")
 
     def _record(self, load: Load, runs: list[Run], compile_s: float) -> None:
@@ -117,7 +115,7 @@ class Benchmark:
             prompt=load.prompt,
             output=load.output,
             adapters=load.adapters,
-            resident=len(self.engine.cache.residents),
+            resident=len(self.engine.adapters.cache.residents),
             rank=load.rank,
             step_ms=round(timing.us / 1e3, 3),
             limit_ms=round(limit_us / 1e3, 3),

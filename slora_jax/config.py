@@ -113,6 +113,11 @@ class EngineConfig(SchedulingOptions):
             `max_num_seqs`; None: powers of two. Fewer compile faster.
         max_loras: most adapters in the pool at once.
         max_lora_rank: largest rank that an adapter may have.
+        max_cpu_loras: most adapters in host memory at once; one that was dropped is read again from
+            its directory when a request needs it. None: as many as `max_cpu_lora_gib` holds.
+        max_cpu_lora_gib: GiB of host memory for adapters; None: half of the machine's, on a GPU no
+            more than JAX has page-locked memory for.
+        lora_load_threads: threads that read adapters from their directories.
         max_logprobs: most log-probabilities a position that a request may ask for; -1: all.
         seed: of requests that bring none.
         compilation_cache_dir: where compiled programs are kept for the next start, unless JAX was
@@ -131,6 +136,9 @@ class EngineConfig(SchedulingOptions):
     decode_batch_sizes: tuple[int, ...] | None = None
     max_loras: int = 256
     max_lora_rank: int = 64
+    max_cpu_loras: int | None = None
+    max_cpu_lora_gib: float | None = None
+    lora_load_threads: int = 4
     max_logprobs: int = 20
     seed: int = 0
     compilation_cache_dir: str | None = "~/.cache/slora-jax"
@@ -164,6 +172,12 @@ class EngineConfig(SchedulingOptions):
             ),
             "max_loras": (self.max_loras >= 1, "at least 1"),
             "max_lora_rank": (self.max_lora_rank >= 1, "at least 1"),
+            "max_cpu_loras": (self.max_cpu_loras is None or self.max_cpu_loras >= 1, "at least 1"),
+            "max_cpu_lora_gib": (
+                self.max_cpu_lora_gib is None or self.max_cpu_lora_gib > 0,
+                "above 0",
+            ),
+            "lora_load_threads": (self.lora_load_threads >= 1, "at least 1"),
             "max_logprobs": (self.max_logprobs >= -1, "at least 0, or -1 for all"),
         }
         for name, (good, allowed) in checks.items():

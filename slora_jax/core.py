@@ -147,7 +147,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end of sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the model's length
     ABORT = "abort"
-    ERROR = "error"  # the model gave no distribution; `stop_reason` says why
+    ERROR = "error"  # no distribution, or no adapter; `stop_reason` says why
     REJECTED = "rejected"  # by the scheduling policy, HTTP's 503; `stop_reason` says why
 
 
@@ -168,13 +168,15 @@ class Request:
     """One request as the scheduler sees it.
 
     `in_flight` tokens were sampled by steps whose results the host has not read yet; they count as
-    known wherever only their number matters.
+    known wherever only their number matters. `adapter` is what was asked for, `adapter_id` the
+    weights that this name stood for then: it may stand for others since.
     """
 
     id: str
     prompt: list[int]
     params: SamplingParams
     adapter: str | None = None
+    adapter_id: str | None = None
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     max_output: int = 16
@@ -204,6 +206,10 @@ class Request:
             return 0
         return len(self.prompt) + num_output - self.num_computed
 
+    def most_pages(self, page_size: int) -> int:
+        """KV pages that it needs if it gets all its output; the last token's are never read."""
+        return -(-(len(self.prompt) + self.max_output - 1) // page_size)
+
     def tokens_from(self, start: int, length: int) -> tuple[int, ...]:
         """Token ids of `length` positions; FROM_DEVICE for those in flight."""
         if length == 1 and start >= len(self.prompt):  # a decode, as nearly all are
@@ -231,7 +237,7 @@ class RowPlan(NamedTuple):  # made in a third of the time of a frozen dataclass
 class Install:
     """An adapter's pages to be written before the step."""
 
-    adapter: str
+    adapter_id: str
     adapter_slot: int
     pages: tuple[int, ...]
 

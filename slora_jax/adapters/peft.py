@@ -18,7 +18,7 @@ from slora_jax.adapters.peft_config import LoraConfig
 from slora_jax.adapters.peft_tensors import AdapterTensors, Tensor, module_paths
 from slora_jax.config import ModelConfig
 
-_CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
 
@@ -99,9 +99,9 @@ def read_adapter(
     directory = Path(path)
     if not directory.is_dir():
         raise AdapterError(
-            f"{directory}: no such directory. Give one on this machine that holds {_CONFIG_FILE}"
+            f"{directory}: no such directory. Give one on this machine that holds {CONFIG_FILE}"
         )
-    config_file, tensor_file = directory / _CONFIG_FILE, directory / _TENSOR_FILE
+    config_file, tensor_file = files_of(directory)
     config_content = _read(config_file, "Give a directory that PEFT's save_pretrained wrote")
     lora = LoraConfig.parse(config_content, config_file)
     tensor_content = _read(tensor_file, _how_to_get_tensors(directory))
@@ -117,6 +117,11 @@ def read_adapter(
         outer=outer,
         digest=_digest(config_content, tensor_content),
     )
+
+
+def files_of(directory: Path) -> tuple[Path, Path]:
+    """The two files of an adapter: its configuration and its tensors."""
+    return directory / CONFIG_FILE, directory / _TENSOR_FILE
 
 
 def _read(file: Path, remedy: str) -> bytes:

@@ -1,72 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters that the engine knows, packed in host memory."""
+"""Names of adapters, the weights that they stand for, and who still uses these.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+A name is bound to a version: weights, identified by a hash of their files' content. Replacing or
+unloading an adapter changes what its name stands for, at once and for new requests only; a version
+lives on until the last request that was made with it has ended.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
+from slora_jax.adapters.peft_config import AdapterError
 
-from pallas_kernels.layout import PageLayout
-from slora_jax.adapters.pack import PackedAdapter, pack
-from slora_jax.adapters.peft import AdapterError, read_adapter
-from slora_jax.config import ModelConfig
-from slora_jax.model.checkpoint import Checkpoint
+
+class Read(Protocol):
+    """An adapter that has been read and checked."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def signature(self) -> tuple: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class AdapterVersion:
+    """Weights that some name stands for, or stood for when a request was made.
+
+    Attributes:
+        id: a hash of their files' content.
+        path: the directory that they were read from last.
+        rank: the largest of any module.
+        num_pages: in the pool.
+        nbytes: in host memory.
+        names: that stand for it.
+        users: requests in progress, and others who need it for a moment.
+        gone: callers of `unbind` who want to know when it is freed.
+    """
+
+    id: str
+    path: Path
+    rank: int
+    num_pages: int
+    nbytes: int
+    names: set[str] = field(default_factory=set)
+    users: int = 0
+    gone: list[Future[None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredAdapter:
-    """A registered adapter. `digest` is its identity: the same name may hold others over time."""
+class Binding:
+    """What a name stands for.
 
+    Attributes:
+        version: the weights.
+        path: the directory that they were loaded from under this name.
+        signature: of the directory's files at that time.
+        pinned: whether they are to stay in the pool.
+    """
+
+    version: AdapterVersion
     path: Path
-    digest: str
-    rank: int
-    packed: PackedAdapter
-
-    @property
-    def num_pages(self) -> int:
-        return len(self.packed.pages)
+    signature: tuple
+    pinned: bool
 
 
 class AdapterStore:
-    """Reads PEFT directories, checks them against the base model, and keeps them packed.
+    """The adapters that can be asked for.
 
     Args:
-        config: the base model's shape.
-        layout: of the pool's pages.
-        dtype: of the pool.
-        max_rank: largest rank that is accepted.
-        capacity: pages of the pool: an adapter that can never fit is refused here.
-        model_dir: the base model's checkpoint, to compare with the copies of its embeddings that
-            PEFT saves; None for random weights.
+        free: is told of a version that nobody needs any more.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layout: PageLayout,
-        dtype: np.dtype,
-        *,
-        max_rank: int,
-        capacity: int,
-        model_dir: Path | None,
-    ):
-        self._config = config
-        self._layout = layout
-        self._dtype = dtype
-        self._max_rank = max_rank
-        self._capacity = capacity
-        self._model_dir = model_dir
-        self._adapters: dict[str, StoredAdapter] = {}
+    def __init__(self, free: Callable[[AdapterVersion], None]):
+        self._free = free
+        self._names: dict[str, Binding] = {}
+        self._versions: dict[str, AdapterVersion] = {}
+
+    # Names
 
     def __contains__(self, name: str) -> bool:
-        return name in self._adapters
+        return name in self._names
 
-    def __getitem__(self, name: str) -> StoredAdapter:
-        return self._adapters[name]
+    def __getitem__(self, name: str) -> Binding:
+        return self._names[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def known(self) -> str:
         """The adapters' names, for messages."""
@@ -74,48 +106,119 @@ class AdapterStore:
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         return f"loaded are {shown}" if names else "none is loaded"
 
-    def register(self, name: str, path: str | Path) -> StoredAdapter:
-        """Reads an adapter and makes it known by `name`.
+    def find(self, name: str) -> Binding:
+        """What a name stands for.
 
         Raises:
-            AdapterError: it is not served as PEFT would; nothing is registered then.
+            AdapterError: nothing.
         """
+        if name not in self._names:
+            raise AdapterError(f"the adapter {name!r} cannot be found: {self.known()}")
+        return self._names[name]
+
+    def check_free(self, name: str) -> None:
+        """Raises AdapterError if a name can't be given to an adapter."""
         if not name:
             raise AdapterError("an adapter's name must not be empty")
-        if name in self._adapters:
+        if name in self._names:
             raise AdapterError(
-                f"the adapter {name!r} has already been loaded from "
-                f"{self._adapters[name].path}: unload it first"
+                f"the adapter {name!r} has already been loaded from {self._names[name].path}: "
+                "unload it first, or load this one in its place"
             )
-        adapter = read_adapter(
-            path,
-            self._config,
-            name=name,
-            max_rank=self._max_rank,
-            base_weight=self._read_base if self._model_dir else None,
-        )
-        packed = pack(adapter, self._config, self._layout, self._dtype)
-        stored = StoredAdapter(Path(path), adapter.digest, adapter.max_rank, packed)
-        if stored.num_pages > self._capacity:
-            raise AdapterError(
-                f"the adapter {name!r} of rank {stored.rank} takes {stored.num_pages} pages, the "
-                f"pool has {self._capacity}: raise num_pages"
-            )
-        self._adapters[name] = stored
-        return stored
 
-    def _read_base(self, module: str) -> np.ndarray:
-        """The base's `embed_tokens` or `lm_head`, `[V, E]`."""
-        assert self._model_dir is not None
-        own_head = module == "lm_head" and not self._config.tie_word_embeddings
-        with Checkpoint(self._model_dir) as checkpoint:
-            return checkpoint.read("lm_head.weight" if own_head else "model.embed_tokens.weight")
+    def bind(self, name: str, adapter: Read, *, pinned: bool = False) -> None:
+        """Lets a name stand for a version that is held; what it stood for before may be freed."""
+        version = self._versions[adapter.id]
+        before = self._names.get(name)
+        version.names.add(name)
+        self._tell(version)
+        self._names[name] = Binding(version, adapter.path, adapter.signature, pinned)
+        if before is not None and before.version is not version:
+            before.version.names.discard(name)
+            self._settle(before.version)
 
-    def unregister(self, name: str) -> None:
-        del self._adapters[name]
+    def unbind(self, name: str) -> Future[None]:
+        """Takes a name away.
 
-    def packed(self, name: str) -> PackedAdapter:
-        return self._adapters[name].packed
+        Returns:
+            Done when no request uses its version any more and it has been freed, or when another
+            name keeps it alive.
+        """
+        version = self.find(name).version
+        del self._names[name]
+        version.names.discard(name)
+        gone: Future[None] = Future()
+        gone.set_running_or_notify_cancel()  # freeing can't be cancelled
+        if version.names:
+            gone.set_result(None)
+        else:
+            version.gone.append(gone)
+            self._settle(version)
+        return gone
 
-    def num_pages(self, name: str) -> int:
-        return self._adapters[name].num_pages
+    def set_pinned(self, name: str, pinned: bool) -> None:
+        old = self._names[name]
+        self._names[name] = Binding(old.version, old.path, old.signature, pinned)
+
+    def is_pinned(self, version: AdapterVersion) -> bool:
+        """Whether some name wants it to stay in the pool."""
+        return any(self._names[name].pinned for name in version.names)
+
+    # Versions
+
+    @property
+    def versions(self) -> list[AdapterVersion]:
+        """All that have a name or a user."""
+        return list(self._versions.values())
+
+    def version(self, adapter_id: str) -> AdapterVersion:
+        return self._versions[adapter_id]
+
+    def path_of(self, version: AdapterVersion) -> Path:
+        """A directory to read it from again: one that a name of it was loaded from, if any."""
+        return next((self._names[name].path for name in version.names), version.path)
+
+    def adopt(self, adapter: Read) -> AdapterVersion:
+        """The version of what was read, held as by a request: `release` it."""
+        version = self._versions.get(adapter.id)
+        if version is None:
+            known = adapter.rank, adapter.num_pages, adapter.nbytes
+            version = AdapterVersion(adapter.id, adapter.path, *known)
+            self._versions[adapter.id] = version
+        version.path = adapter.path
+        version.users += 1
+        return version
+
+    def hold(self, version: AdapterVersion) -> None:
+        version.users += 1
+
+    def release(self, version: AdapterVersion) -> None:
+        if version.users == 0:
+            raise RuntimeError(f"adapter {version.id} is released but has no user")
+        version.users -= 1
+        self._settle(version)
+
+    def _settle(self, version: AdapterVersion) -> None:
+        """Frees a version that has neither names nor users."""
+        if not version.names and not version.users:
+            del self._versions[version.id]
+            self._free(version)
+            self._tell(version)
+
+    def _tell(self, version: AdapterVersion) -> None:
+        """Those who wait for its end need wait no longer."""
+        gone, version.gone = version.gone, []
+        for one in gone:
+            one.set_result(None)
+
+    def check(self, users: dict[str, int]) -> None:
+        """Raises AssertionError unless names and versions agree, and users with the caller's."""
+        for name, binding in self._names.items():
+            assert self._versions[binding.version.id] is binding.version, "a name without a version"
+            assert name in binding.version.names
+        for version in self._versions.values():
+            assert version.names or version.users, f"adapter {version.id} was not freed"
+            assert all(self._names[name].version is version for name in version.names)
+            assert not (version.names and version.gone), "somebody waits for what is in use again"
+        found = {v.id: v.users for v in self._versions.values() if v.users}
+        assert found == users, "the users of an adapter are miscounted"

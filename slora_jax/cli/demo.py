@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "adapters": {
             name: {
-                "rank": engine.adapters[name].rank,
+                "rank": engine.adapters.store[name].version.rank,
                 "accuracy": accuracy(case for case in cases if case.adapter == name),
             }
             for name in adapters

@@ -172,7 +172,7 @@ class Batch:
     def _add_requests(self, line: _Line, request: CompletionRequest) -> None:
         if request.stream:
             raise RequestError("stream is not supported: a file has no streams", "stream")
-        adapter = find_adapter(request.model, self._base_names, self._engine.adapters)
+        adapter = find_adapter(request.model, self._base_names, self._engine.adapters.store)
         for prompt in request.prompts:
             if isinstance(prompt, str) and self._engine.tokenizer is not None:
                 prompt = self._engine.tokenizer.encode(prompt, request.add_special_tokens)

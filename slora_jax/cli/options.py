@@ -21,6 +21,7 @@ _SCHEDULING_HELP: Mapping[str, str] = {
     "clustering, fairness between adapters, priorities",
     "scheduling_lookahead": "requests without room that a step looks past",
     "max_overtakes": "requests that may be admitted past one that finds no room",
+    "prefetch_lookahead": "requests next in line whose adapters are fetched before their turn",
     "admission_watermark": "share of the pool that an admission leaves free",
     "slo_first_token_s": "abort: seconds in which a first token is due",
     "slo_margin_s": "abort: seconds kept in hand beside the predicted time",
@@ -46,6 +47,9 @@ _ENGINE_HELP: Mapping[str, str] = {
     "kernel_backend": "mosaic: Pallas kernels for NVIDIA Hopper; xla: everywhere",
     "max_loras": "most adapters in the pool at once",
     "max_lora_rank": "largest rank of an adapter",
+    "max_cpu_loras": "most adapters in host memory; others are read again (default: no limit)",
+    "max_cpu_lora_gib": "GiB of host memory for adapters (default: half of it)",
+    "lora_load_threads": "threads that read adapters from the disk",
     "max_logprobs": "most log-probabilities a position that may be asked for; -1: all",
     "seed": "of requests that bring none",
     "compilation_cache_dir": "where compiled programs are kept for the next start",
@@ -182,11 +186,10 @@ def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
         engine = Engine(args.model, progress=progress, **engine_options(args))
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
-    for name, path in adapters.items():
-        try:
-            engine.load_adapter(name, path)
-        except AdapterError as error:
-            raise CommandError(f"the adapter {name!r} is refused: {error}") from error
+    try:
+        engine.load_adapters(adapters, progress=progress)
+    except AdapterError as error:
+        raise CommandError(str(error)) from error
     return engine
 
 

@@ -2,44 +2,61 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import itertools
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.backend import choose_backend
-from pallas_kernels.layout import PageLayout
-from slora_jax.adapters.peft import AdapterError
-from slora_jax.adapters.residency import AdapterCache
-from slora_jax.adapters.store import AdapterStore
-from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
+from slora_jax.adapters.host_cache import HostCache
+from slora_jax.adapters.manager import AdapterManager, Rescan
+from slora_jax.adapters.reader import AdapterReader
+from slora_jax.config import EngineConfig
 from slora_jax.core import (
     EngineDeadError,
     Request,
     RequestError,
     RequestOutput,
     SamplingParams,
+    StepPlan,
 )
 from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
-from slora_jax.engine.sizing import check_pool_fits, pool_pages
+from slora_jax.engine.setup import keep_compiled_programs, page_layout, resolve
+from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages, staging_pages
 from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
 from slora_jax.scheduling.choice import make_policy
-from slora_jax.scheduling.cost_model import CostModel, step_load
+from slora_jax.scheduling.cost_model import CostModel, StepLoad, step_load
 from slora_jax.scheduling.scheduler import Scheduler
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
+
+# Share of a step for which the host waits for copies to the device, while the device is at work: a
+# copy that is done in that time is installed a step earlier, and the device never runs dry.
+_PATIENCE = 0.3
+_WAIT_S = 0.1  # at a time, when nothing can run before some adapter has come
+
+
+class _Pending(NamedTuple):
+    """A step that the device is doing."""
+
+    result: StepResult
+    load: StepLoad
 
 
 class Engine:
     """Serves one base Llama and many LoRA adapters from one page pool.
+
+    All methods may be called by any thread; `step`, `stream` and `generate` by one at a time.
 
     Args:
         model: a Hugging Face directory: `config.json`, safetensors, and a tokenizer if prompts are
@@ -63,15 +80,15 @@ class Engine:
     ):
         model_dir = Path(model)
         self.config = read_model_config(model_dir)
-        self.options = _resolve(EngineConfig(**options), self.config)
-        _keep_compiled_programs(self.options.compilation_cache_dir)
+        self.options = resolve(EngineConfig(**options), self.config)
+        keep_compiled_programs(self.options.compilation_cache_dir)
         self.tokenizer = load_tokenizer(model_dir)
         dtype = jnp.dtype(self.options.dtype)
         if self.options.load_format == "dummy":
             weights = dummy_weights(self.config, dtype, self.options.seed)
         else:
             weights = load_weights(model_dir, self.config, dtype, progress=progress)
-        layout = _layout(self.config, self.options)
+        layout = page_layout(self.config, self.options)
         if self.options.num_pages is None:
             pages = pool_pages(weights, self.config, self.options, layout)
             self.options = replace(self.options, num_pages=pages)
@@ -79,63 +96,120 @@ class Engine:
         check_pool_fits(self.options.num_pages, weights, self.config, layout)
         self._layout = layout
         self.pool = PagePool(self.options.num_pages)
-        self.adapters = AdapterStore(
-            self.config,
-            layout,
-            np.dtype(dtype),
-            max_rank=self.options.max_lora_rank,
-            capacity=self.pool.capacity,
-            model_dir=None if self.options.load_format == "dummy" else model_dir,
+        self.runner = ModelRunner(weights, self.config, self.options, layout)
+        self._lock = threading.RLock()  # of all below; not held while the device or a file is read
+        self.adapters = AdapterManager(
+            self._lock,
+            _adapter_reader(self, model_dir).read,
+            self.runner,
+            self.pool,
+            num_slots=self.options.max_loras,
+            host=HostCache(
+                self.options.max_cpu_loras,
+                host_bytes(self.options),
+                self.options.lora_load_threads,
+            ),
+            staging_pages=staging_pages(self.config, self.options, layout),
+            requests=lambda: self.scheduler.requests,
+            page_size=layout.page_size,
+            threads=self.options.lora_load_threads,
         )
-        self.cache = AdapterCache(self.pool, self.options.max_loras, self.adapters.num_pages)
         self.cost_model = CostModel()  # learns from every step what the next ones will take
         step_tokens = self.options.max_num_batched_tokens
         self.scheduler = Scheduler(
             self.pool,
-            self.cache,
+            self.adapters.cache,
             page_size=layout.page_size,
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=step_tokens,
             policy=make_policy(self.options, self.cost_model, step_tokens),
         )
-        self.runner = ModelRunner(weights, self.config, self.options, layout, self.adapters.packed)
         self._progress: dict[str, RequestProgress] = {}
-        self._pending: StepResult | None = None
+        self._pending: _Pending | None = None
         self._step_start = 0.0  # when the device began with the pending step
+        self._step_seconds = 0.0  # of the last one
         self._failure: BaseException | None = None
         self._ids = itertools.count()
-        self._requests = RequestMaker(
-            self.config, self.options, self.tokenizer, self.adapters, self.pool.capacity
-        )
-        for name, path in (adapters or {}).items():
-            self.load_adapter(name, path)
+        self._requests = RequestMaker(self.config, self.options, self.tokenizer, self.adapters)
+        self.load_adapters(adapters or {}, progress=progress)
 
     # Adapters
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
-        """Makes a PEFT directory servable as `name`; it enters the pool when a request needs it.
+    def load_adapter(
+        self, name: str, path: str | Path, *, replace: bool = False, pinned: bool = False
+    ) -> None:
+        """Reads a PEFT directory and makes it servable as `name`.
+
+        It enters the pool when a request needs it. Other requests go on meanwhile.
+
+        Args:
+            name: what requests call it.
+            path: the directory.
+            replace: let the name stand for this one from now on if it stands for another. Requests
+                in progress go on with the weights that they began with.
+            pinned: as `pin_adapter` does.
 
         Raises:
-            AdapterError: what can't be served as PEFT would; nothing is loaded then.
+            AdapterError: what can't be served as PEFT would, or not be pinned; nothing is changed
+                then.
         """
-        self.adapters.register(name, path)
+        self.adapters.load(name, path, replace=replace, pinned=pinned)
 
-    def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter and frees its pages.
+    def load_adapters(self, paths: Mapping[str, str | Path], *, progress: bool = False) -> None:
+        """Loads PEFT directories by name, several at a time.
+
+        Args:
+            paths: directories by name.
+            progress: draw a bar on stderr.
 
         Raises:
-            AdapterError: it is unknown, or a request still uses it.
+            AdapterError: one of them is refused; others are loaded then.
         """
-        if name not in self.adapters:
-            raise AdapterError(f"the adapter {name!r} cannot be found: {self.adapters.known()}")
-        users = sum(request.adapter == name for request in self.scheduler.requests)
-        if users:
-            raise AdapterError(
-                f"the adapter {name!r} is used by {users} requests: abort them first"
-            )
-        if name in self.cache:
-            self.cache.evict(name)
-        self.adapters.unregister(name)
+        self.adapters.load_all(paths, progress=progress)
+
+    def rescan_adapters(self, root: str | Path, *, progress: bool = False) -> Rescan:
+        """Brings the adapters up to date with a directory that holds adapters' directories.
+
+        What appeared there is loaded under its directory's name, what was written anew replaced,
+        what disappeared unloaded; adapters from elsewhere are left alone. One that is refused does
+        not keep the others from being loaded.
+
+        Args:
+            root: the directory.
+            progress: draw a bar on stderr.
+
+        Raises:
+            AdapterError: there is no such directory.
+        """
+        return self.adapters.rescan(root, progress=progress)
+
+    def pin_adapter(self, name: str) -> None:
+        """Brings an adapter into the pool and keeps it there until it is unpinned or unloaded.
+
+        Raises:
+            AdapterError: it is unknown, or the pool has no room for it now.
+        """
+        self.adapters.pin(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Lets an adapter be evicted again.
+
+        Raises:
+            AdapterError: it is unknown.
+        """
+        self.adapters.unpin(name)
+
+    def unload_adapter(self, name: str) -> Future[None]:
+        """Forgets an adapter: new requests for it are refused, those in progress end as usual.
+
+        Returns:
+            Done when the last of these has ended and the adapter's memory is free, on the host and
+            in the pool. Somebody has to go on calling `step` for that.
+
+        Raises:
+            AdapterError: it is unknown.
+        """
+        return self.adapters.unload(name)
 
     # Requests
 
@@ -160,8 +234,19 @@ class Engine:
         Raises:
             RequestError: it can never be served; the message names the field and the remedy.
         """
-        self._check_alive()
         params = params or SamplingParams()
+        with self._lock:
+            return self._add_request(prompt, params, adapter, request_id, priority)
+
+    def _add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        adapter: str | None,
+        request_id: str | None,
+        priority: int,
+    ) -> str:
+        self._check_alive()
         if request_id is None:
             made_up = (f"request-{number}" for number in self._ids)
             request_id = next(name for name in made_up if name not in self._progress)
@@ -182,15 +267,17 @@ class Engine:
             request, self.config.eos_token_ids, detokenizer
         )
         self.scheduler.add(request)
+        self.adapters.hold(request)
         return request_id
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request and frees its pages; None if it isn't in progress."""
-        progress = self._progress.pop(request_id, None)
-        if progress is None:
-            return None
-        self.scheduler.finish(progress.request)
-        return progress.abort()
+        with self._lock:
+            progress = self._progress.get(request_id)
+            if progress is None:
+                return None
+            self._end(progress.request)
+            return progress.abort()
 
     @property
     def has_unfinished(self) -> bool:
@@ -264,24 +351,55 @@ class Engine:
     # Inside
 
     def _step(self) -> list[RequestOutput]:
-        plan = self.scheduler.schedule()
-        rejected = [
-            self._progress.pop(rejection.request.id).reject(rejection.reason)
-            for rejection in self.scheduler.take_rejections()
-        ]
-        previous, self._pending = self._pending, self.runner.run(plan) if plan else None
-        start = time.monotonic()
+        loader = self.adapters.loader
+        if self._pending is not None and loader.has_copies:
+            loader.wait_for_copies(_PATIENCE * self._step_seconds)
+        with self._lock:
+            outputs = self._failed_loads()
+            plan = self.scheduler.schedule()
+            for rejection in self.scheduler.take_rejections():
+                self.adapters.release(rejection.request)
+                progress = self._progress.pop(rejection.request.id)
+                outputs.append(progress.reject(rejection.reason))
+            previous, self._pending = self._pending, plan and self._dispatch(plan)
+            if previous is None:
+                self._step_start = time.monotonic()
+            stuck = previous is None and plan is None and bool(self._progress)
+        if stuck and loader.has_copies:
+            loader.wait_for_copies(_WAIT_S)
+        elif stuck and loader.is_reading:
+            loader.wait_for_reads(_WAIT_S)
+        elif stuck and not outputs:
+            raise AssertionError("requests wait, but none can run")
         if previous is None:
-            if plan is None and self._progress:
-                raise AssertionError("requests wait, but none can run")
-            self._step_start = start
-            return rejected
-        outputs = self._read(previous)
-        end = time.monotonic()
-        load = step_load(previous.plan, lambda name: self.adapters[name].rank)
-        self.cost_model.observe(load, end - self._step_start)
-        self._step_start = end
-        return rejected + outputs
+            return outputs
+        jax.block_until_ready(previous.result.tokens)
+        with self._lock:
+            outputs += self._read(previous.result)
+            end = time.monotonic()
+            self._step_seconds = end - self._step_start
+            self.cost_model.observe(previous.load, self._step_seconds)
+            self._step_start = end
+        return outputs
+
+    def _dispatch(self, plan: StepPlan) -> _Pending:
+        result = self.runner.run(plan, self.adapters.loader.taken)
+        return _Pending(result, step_load(plan, self.adapters.rank_of))
+
+    def _failed_loads(self) -> list[RequestOutput]:
+        """Ends the requests whose adapters could not be read again."""
+        outputs = []
+        for adapter_id, error in self.adapters.host.poll().items():
+            for request in [r for r in self.scheduler.waiting if r.adapter_id == adapter_id]:
+                outputs.append(self._progress[request.id].fail(f"the adapter is lost: {error}"))
+                self._end(request)
+        return outputs
+
+    def _end(self, request: Request) -> None:
+        """Forgets a request and frees what it holds."""
+        del self._progress[request.id]
+        self.scheduler.finish(request)
+        self.adapters.release(request)
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -311,8 +429,7 @@ class Engine:
                 logprobs = found.at(index, tokens[index], self._k(request.params.logprobs))
             output = progress.append(tokens[index], logprobs)
             if output.finished:
-                del self._progress[request.id]
-                self.scheduler.finish(request)
+                self._end(request)
             outputs.append(output)
         return outputs
 
@@ -336,44 +453,32 @@ class Engine:
 
     def pool_usage(self) -> dict[str, Any]:
         """How the pool's pages are used now: KV, each resident adapter, free."""
-        return {
-            "pages": self.pool.capacity,
-            "page_bytes": self.runner.state.pool.nbytes // self.pool.num_pages,
-            "kv": self.pool.num_used(PageUse.KV),
-            "adapters": {name: len(r.pages) for name, r in sorted(self.cache.residents.items())},
-            "free": self.pool.num_free,
-        }
+        with self._lock:
+            return {
+                "pages": self.pool.capacity,
+                "page_bytes": self.runner.state.pool.nbytes // self.pool.num_pages,
+                "kv": self.pool.num_used(PageUse.KV),
+                "adapters": self.adapters.resident_pages(),
+                "free": self.pool.num_free,
+            }
 
     def check(self) -> None:
         """Raises AssertionError if a page, a slot or an adapter is lost or shared by mistake."""
-        self.scheduler.check(self.options.max_num_seqs, self.options.max_loras)
+        with self._lock:
+            self.scheduler.check(self.options.max_num_seqs, self.options.max_loras)
+            self.adapters.check()
 
 
-def _resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
-    """Fills in what depends on the model and the device."""
-    if options.dtype == "auto":
-        on_cpu = jax.default_backend() == "cpu"
-        options = replace(options, dtype="float32" if on_cpu else config.torch_dtype)
-    longest = config.max_position_embeddings
-    if options.max_model_len is not None and options.max_model_len > longest:
-        raise ValueError(
-            f"max_model_len is {options.max_model_len}; the model's max_position_embeddings is "
-            f"{longest}"
-        )
-    backend = choose_backend(
-        options.kernel_backend,
-        dtype=options.dtype,
-        layout=_layout(config, options),
-        widths=[width for name in LAYER_MODULES for width in config.projection_shape(name)],
+def _adapter_reader(engine: Engine, model_dir: Path) -> AdapterReader:
+    options = engine.options
+    on_cpu = jax.default_backend() == "cpu"
+    pinned = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return AdapterReader(
+        engine.config,
+        page_layout(engine.config, options),
+        np.dtype(options.dtype),
+        max_rank=options.max_lora_rank,
+        capacity=engine.pool.capacity,
+        model_dir=None if options.load_format == "dummy" else model_dir,
+        memory=None if on_cpu else pinned,
     )
-    return replace(options, max_model_len=options.max_model_len or longest, kernel_backend=backend)
-
-
-def _layout(config: ModelConfig, options: EngineConfig) -> PageLayout:
-    return PageLayout(config.num_key_value_heads, config.head_dim, options.page_size)
-
-
-def _keep_compiled_programs(directory: str | None) -> None:
-    """Names JAX's persistent cache, unless the user has: a step takes seconds to compile."""
-    if directory is not None and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))

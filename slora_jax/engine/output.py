@@ -73,6 +73,10 @@ class RequestProgress:
         """Ends a request that the scheduling policy turned away."""
         return self._output([], FinishReason.REJECTED, why)
 
+    def fail(self, why: str) -> RequestOutput:
+        """Ends a request that cannot be served after all."""
+        return self._output([], FinishReason.ERROR, why)
+
     def set_prompt_logprobs(self, position: int, logprobs: PositionLogprobs) -> None:
         """Log-probabilities of the prompt token at `position`; the first value counts."""
         assert self._prompt_logprobs is not None

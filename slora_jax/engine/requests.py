@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.layout import ceil_div
-from slora_jax.adapters.store import AdapterStore
+from slora_jax.adapters.manager import AdapterManager
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import Request, RequestError, SamplingParams
 from slora_jax.engine.packing import MOST_BANNED
@@ -22,7 +21,6 @@ class RequestMaker:
         options: the engine's; `max_model_len` is set.
         tokenizer: None if prompts are token ids only.
         adapters: those that can be asked for.
-        capacity: pages of the pool.
     """
 
     def __init__(
@@ -30,8 +28,7 @@ class RequestMaker:
         config: ModelConfig,
         options: EngineConfig,
         tokenizer: Tokenizer | None,
-        adapters: AdapterStore,
-        capacity: int,
+        adapters: AdapterManager,
     ):
         assert options.max_model_len is not None
         self._config = config
@@ -39,7 +36,6 @@ class RequestMaker:
         self._max_model_len = options.max_model_len
         self._tokenizer = tokenizer
         self._adapters = adapters
-        self._capacity = capacity
         self._random = random.Random(options.seed)
 
     def make(
@@ -54,9 +50,10 @@ class RequestMaker:
         Raises:
             RequestError: it can never be served; the message names the field and the remedy.
         """
-        if adapter is not None and adapter not in self._adapters:
+        store = self._adapters.store
+        if adapter is not None and adapter not in store:
             raise RequestError(
-                f"the adapter {adapter!r} does not exist: {self._adapters.known()}", "adapter"
+                f"the adapter {adapter!r} does not exist: {store.known()}", "adapter"
             )
         tokens = self._encode(prompt)
         room = self._max_model_len - len(tokens)
@@ -73,6 +70,7 @@ class RequestMaker:
             prompt=tokens,
             params=params,
             adapter=adapter,
+            adapter_id=None if adapter is None else store[adapter].version.id,
             stop_ids=self._stop_ids(params),
             seed=random.Random(seed % 2**64).getrandbits(31),
             max_output=min(params.max_tokens or room, room),
@@ -134,13 +132,17 @@ class RequestMaker:
                 raise RequestError(f"{name} is {asked}; the model has {vocab} tokens", name)
 
     def _check_pages(self, request: Request) -> None:
-        """Refuses what would not fit even if it were alone in the pool."""
-        tokens = len(request.prompt) + request.max_output - 1
-        kv = ceil_div(tokens, self._options.page_size)
-        lora = 0 if request.adapter is None else self._adapters.num_pages(request.adapter)
-        if kv + lora > self._capacity:
+        """Refuses what would not fit even if it were alone in the pool with what is pinned."""
+        kv = request.most_pages(self._options.page_size)
+        needed = self._adapters.pages_needed(request)
+        room = self._adapters.room_for(request.adapter_id)
+        pinned = self._adapters.capacity - room
+        if needed > room:
+            beside = f" beside {pinned} of pinned adapters" if pinned else ""
             raise RequestError(
-                f"the request needs {kv} pages for {tokens} tokens of KV cache and {lora} for its "
-                f"adapter, the pool has {self._capacity}: raise num_pages, or lower max_tokens",
+                f"the request needs {kv} pages for {len(request.prompt) + request.max_output - 1} "
+                f"tokens of KV cache and {needed - kv} for its adapter, the pool has {room}"
+                f"{beside}: raise num_pages, {'unpin adapters, ' if pinned else ''}or lower "
+                "max_tokens",
                 "max_tokens",
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many pages the pool has."""
+"""How much memory pool, staging and host cache have."""
 
 import logging
 import os
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _HOST_BYTES = 1 << 30  # of a pool on the CPU
 _ADAPTERS = 16  # of the largest kind that a pool on the CPU has room for
+_STAGING_PAGES = 16  # so that a few small adapters are on their way together
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # of page-locked memory; XLA's default is 64
 
 
 def pool_pages(
@@ -46,7 +48,7 @@ def pool_pages(
     else:
         share = options.gpu_memory_utilization
         usable = _free_bytes(share) - _step_temporaries(weights, config, options, layout)
-        pages = usable // page_bytes
+        pages = usable // page_bytes - 2 * staging_pages(config, options, layout)
     # Coarse, so that a few MB more or less of free memory compile to the same shapes.
     pages -= pages % (256 if pages >= 4096 else 16)
     needed = sequence + 1
@@ -79,6 +81,34 @@ def check_pool_fits(
             f"num_pages {num_pages} takes {num_pages * page_bytes / 2**30:.1f} GiB, "
             f"{page_bytes} bytes a page; there is memory for {free // page_bytes} pages at most"
         )
+
+
+def staging_pages(config: ModelConfig, options: EngineConfig, layout: PageLayout) -> int:
+    """Pages of adapters that may be on their way to the pool at once: one of the largest, at least.
+
+    They take as much of the device's memory again while they are installed.
+    """
+    return max(most_pages(options.max_lora_rank, config, layout), _STAGING_PAGES)
+
+
+def host_bytes(options: EngineConfig) -> int:
+    """Bytes of host memory for adapters.
+
+    Raises:
+        ValueError: `max_cpu_lora_gib` is more than XLA will page-lock.
+    """
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    asked = options.max_cpu_lora_gib
+    wanted = half if asked is None else int(asked * 2**30)
+    if jax.default_backend() == "cpu":
+        return wanted
+    limit = int(os.environ.get(_PINNED_LIMIT, 64)) * 2**30
+    if asked is not None and wanted > limit:
+        raise ValueError(
+            f"max_cpu_lora_gib is {asked:g}, but XLA page-locks {limit / 2**30:g} GiB at most: set "
+            f"the environment variable {_PINNED_LIMIT}"
+        )
+    return min(wanted, limit * 9 // 10)  # the allocator cannot fill it to the brim
 
 
 def _page_bytes(weights: LlamaWeights, config: ModelConfig, layout: PageLayout) -> int:

@@ -42,7 +42,7 @@ def step_load(plan: StepPlan, rank_of: Callable[[str], int]) -> StepLoad:
 
     Args:
         plan: the step.
-        rank_of: an adapter's rank, by name.
+        rank_of: an adapter's rank, by its id.
     """
     tokens = context = 0
     adapters = set()
@@ -50,10 +50,10 @@ def step_load(plan: StepPlan, rank_of: Callable[[str], int]) -> StepLoad:
         length = len(row.tokens)
         tokens += length
         context += row.start + length
-        adapters.add(row.request.adapter)
+        adapters.add(row.request.adapter_id)
     adapters.discard(None)
-    installed = sum(rank_of(install.adapter) for install in plan.installs)
-    return StepLoad(tokens, context, sum(rank_of(name) for name in adapters if name), installed)
+    installed = sum(rank_of(install.adapter_id) for install in plan.installs)
+    return StepLoad(tokens, context, sum(rank_of(one) for one in adapters if one), installed)
 
 
 @dataclass(frozen=True, slots=True)

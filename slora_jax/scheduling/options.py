@@ -21,6 +21,7 @@ class SchedulingOptions:
         scheduling_lookahead: requests that find no room which a step looks past for one that does.
         max_overtakes: requests that may be admitted past one that finds no room; then everybody
             waits until it does. 0: nobody overtakes.
+        prefetch_lookahead: requests next in line whose adapters are fetched before their turn.
         admission_watermark: share of the pool's pages that an admission leaves free, for the
             running requests to grow into; else they preempt each other (docs/scheduling.md).
         slo_first_token_s: "abort": seconds from arrival in which a first token is due.
@@ -39,6 +40,7 @@ class SchedulingOptions:
     scheduling_policy: PolicyName = "fcfs"
     scheduling_lookahead: int = 16
     max_overtakes: int = 64
+    prefetch_lookahead: int = 32
     admission_watermark: float = 0.03
     slo_first_token_s: float = 6.0
     slo_margin_s: float = 0.5
@@ -57,6 +59,7 @@ class SchedulingOptions:
             "scheduling_policy": (self.scheduling_policy in POLICIES, f"one of {POLICIES}"),
             "scheduling_lookahead": (self.scheduling_lookahead >= 0, "at least 0"),
             "max_overtakes": (self.max_overtakes >= 0, "at least 0"),
+            "prefetch_lookahead": (self.prefetch_lookahead >= 1, "at least 1"),
             "admission_watermark": (0 <= self.admission_watermark < 1, "at least 0 and below 1"),
             "slo_first_token_s": (self.slo_first_token_s > 0, "above 0"),
             "slo_margin_s": (

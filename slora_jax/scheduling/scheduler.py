@@ -4,8 +4,10 @@
 Iteration-level scheduling: every step, each decoding request gets one token, prompts get the rest
 of the token budget in chunks, and waiting requests are admitted while rows, pages and adapter slots
 last, in the order that a policy wants. Who finds no room is skipped for a while, and then overtaken
-no more, so nobody starves. Output lengths are unknown, so admission is optimistic: when pages run
-out, the request admitted last is preempted and later computed again.
+no more, so nobody starves. Who waits for an adapter that is still on its way to the device is
+passed for as long as that takes: the adapters of those next in line are fetched while steps run.
+Output lengths are unknown, so admission is optimistic: when pages run out, the request admitted
+last is preempted and later computed again.
 
 The host plans a step before it has read the previous one's tokens. That is safe because the device
 runs steps in order: pages released here may still be written by a step in flight, but only before
@@ -16,6 +18,7 @@ import time
 from bisect import insort_right
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.core import Install, Rejection, Request, RowPlan, StepPlan
@@ -60,6 +63,8 @@ class Scheduler:
         self.running: list[Request] = []  # by the policy's seniority, of equals by admission
         self.num_preemptions = 0
         self._rejections: list[Rejection] = []
+        self._upcoming: tuple[str, ...] = ()  # adapters of those next in line
+        self._upcoming_changed = False
 
     @property
     def requests(self) -> Iterator[Request]:
@@ -71,12 +76,14 @@ class Scheduler:
         request.arrival = self._clock()
         self.policy.arrived(request, self.waiting)
         self.waiting.add(request)
+        self._upcoming_changed = True
 
     def finish(self, request: Request) -> None:
         """Forgets a request, running or waiting, and frees all it holds."""
         if request.slot is None:
             self.waiting.remove(request)
             self.policy.left(request, self.waiting)
+            self._upcoming_changed = True
         else:
             self._stop(request)
 
@@ -87,6 +94,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.put_back(request)
+        self._upcoming_changed = True
 
     def schedule(self) -> StepPlan | None:
         """Plans a step and takes it as dispatched; None if nothing can run now.
@@ -102,6 +110,7 @@ class Scheduler:
         budget = self._plan_running(plan)
         if preempted == self.num_preemptions:
             self._plan_waiting(plan, budget, now)
+        self._prefetch(now)
         finished = plan.finish()
         if finished is not None:
             self.policy.planned(finished)
@@ -128,7 +137,7 @@ class Scheduler:
         """Admits who fits, in the policy's order, with what is left of the step's tokens."""
         if not (self.waiting and self._free_slots and budget > 0):
             return
-        policy, passed = self.policy, list[Request]()
+        policy, passed, on_their_way = self.policy, list[Request](), 0
         promised = sum(map(self._missing_pages, self.running))
         if self.running:  # else one that needs the whole pool would wait for ever
             promised += int(policy.options.admission_watermark * self._pool.capacity)
@@ -138,6 +147,12 @@ class Scheduler:
         for request in policy.candidates(self.waiting, self.running, now):
             if request.in_flight:
                 break  # a preempted request's last token may still be on its way
+            if request.adapter_id and not self._adapters.is_available(request.adapter_id):
+                on_their_way += 1
+                self._upcoming_changed = True  # or nobody might ever fetch it
+                if policy.is_starved(request) or on_their_way > policy.options.prefetch_lookahead:
+                    break
+                continue
             pages = self._missing_pages(request)
             fits = promised + pages <= room
             if fits and self._admit(request, promised + pages, passed, plan):
@@ -155,6 +170,15 @@ class Scheduler:
             else:
                 passed.append(request)
 
+    def _prefetch(self, now: float) -> None:
+        """Has the adapters of those next in line brought near, in the policy's order."""
+        if self._upcoming_changed:
+            line = self.policy.candidates(self.waiting, self.running, now)
+            line = islice(line, self.policy.options.prefetch_lookahead)
+            self._upcoming = tuple(dict.fromkeys(r.adapter_id for r in line if r.adapter_id))
+            self._upcoming_changed = False
+        self._adapters.prefetch(self._upcoming)
+
     def _admit(self, request: Request, reserve: int, passed: list[Request], plan: "_Draft") -> bool:
         """Gives a waiting request a slot and its adapter, if its tokens so far have room.
 
@@ -167,17 +191,18 @@ class Scheduler:
             passed: candidates before it that found no room.
             plan: the step.
         """
-        if request.adapter is None:
+        if request.adapter_id is None:
             if not self._adapters.make_room(reserve):
                 return False
         else:
-            acquired = self._adapters.acquire(request.adapter, reserve=reserve)
+            acquired = self._adapters.acquire(request.adapter_id, reserve=reserve)
             if acquired is None:
                 return False
             plan.installs += [acquired[1]] if acquired[1] else []
         self.policy.admitted(request, passed, self.waiting)
         self.waiting.remove(request)
         self.policy.left(request, self.waiting)
+        self._upcoming_changed = True
         request.overtaken = 0
         request.slot = self._free_slots.pop()
         insort_right(self.running, request, key=self.policy.seniority)
@@ -218,18 +243,19 @@ class Scheduler:
         request.slot = None
         self._pool.release(request.pages)
         request.pages = []
-        if request.adapter is not None:
-            self._adapters.release(request.adapter)
+        if request.adapter_id is not None:
+            self._adapters.release(request.adapter_id)
 
     def _adapter_slot(self, request: Request) -> int | None:
-        return None if request.adapter is None else self._adapters.get(request.adapter).slot
+        one = request.adapter_id
+        return None if one is None else self._adapters.get(one).slot
 
     def check(self, num_slots: int, num_adapter_slots: int) -> None:
         """Raises AssertionError unless every page, slot and adapter is accounted for."""
         running = self.running
         residents = self._adapters.residents
         self._pool.check((r.pages for r in running), (a.pages for a in residents.values()))
-        users = Counter(r.adapter for r in running if r.adapter is not None)
+        users = Counter(r.adapter_id for r in running if r.adapter_id is not None)
         self._adapters.check(dict(users), num_adapter_slots)
         slots = [r.slot for r in running if r.slot is not None] + self._free_slots
         assert sorted(slots) == list(range(num_slots)), "a slot of the batch is lost or shared"

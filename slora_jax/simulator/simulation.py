@@ -155,7 +155,12 @@ class _Simulation:
         adapter = None if one.adapter is None else str(one.adapter)
         prompt = [_TOKEN] * one.prompt
         return Request(
-            id=name, prompt=prompt, params=_PARAMS, adapter=adapter, max_output=one.output
+            id=name,
+            prompt=prompt,
+            params=_PARAMS,
+            adapter=adapter,
+            adapter_id=adapter,
+            max_output=one.output,
         )
 
     def _dispatch(self, plan: StepPlan) -> float:

@@ -40,7 +40,7 @@ class Device:
         """Does a step and returns every row's next token."""
         for install in plan.installs:
             for index, page in enumerate(install.pages):
-                self.pages[page] = {0: (install.adapter, index)}
+                self.pages[page] = {0: (install.adapter_id, index)}
             self._adapter_pages[install.adapter_slot] = install.pages
         for slot, column, page in plan.page_updates:
             self._page_table[slot, column] = page
@@ -59,7 +59,7 @@ class Device:
         places = [self._place(row.slot, position) for position in range(end)]
         context = [page.get(offset) for page, offset in places]
         assert context == [token_at(row.request.id, position) for position in range(end)]
-        name = row.request.adapter
+        name = row.request.adapter_id
         adapter = [self.pages[page] for page in self._adapter_pages[row.adapter_slot]]
         assert adapter == [{0: (name, index)} for index in range(ADAPTER_PAGES[name])]
         token = token_at(row.request.id, end)
@@ -121,6 +121,7 @@ class Host:
             prompt=tokens,
             params=SamplingParams(),
             adapter=adapter,
+            adapter_id=adapter,
             max_output=max_output,
             priority=priority,
         )

@@ -87,7 +87,7 @@ def test_it_does_not_guess_before_it_has_warmed_up():
 
 def test_the_load_of_a_plan():
     def row(adapter: str | None, start: int, count: int) -> RowPlan:
-        request = Request(id="", prompt=[1], params=SamplingParams(), adapter=adapter)
+        request = Request(id="", prompt=[1], params=SamplingParams(), adapter_id=adapter)
         return RowPlan(request, 0, None, start, (1,) * count, True, 0)
 
     rows = (row("a", 10, 1), row("a", 0, 20), row("b", 5, 1), row(None, 99, 1))

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters in host memory: packed as the pool holds them, and checked against the base."""
+"""Adapters as they are read and packed: what the pool gets, and what is refused."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.segments import with_work
 from pallas_kernels.slabs import read_matrix
 from slora_jax.adapters.pack import most_pages, num_pages, pack
 from slora_jax.adapters.peft import AdapterError, read_adapter
-from slora_jax.adapters.store import AdapterStore
+from slora_jax.adapters.reader import CHUNKS, AdapterReader, chunk_sizes, signature_of
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES
 from tests.adapters.make import BASE, edit_tensors, write_adapter
 
@@ -62,37 +64,58 @@ def test_what_is_packed_is_read_back(tmp_path, modules):
                 np.testing.assert_array_equal(got[0, :rank], matrix)
 
 
-def make_store(capacity: int = 1000) -> AdapterStore:
-    return AdapterStore(
+def make_reader(capacity: int = 1000) -> AdapterReader:
+    return AdapterReader(
         BASE, LAYOUT, np.dtype(np.float32), max_rank=64, capacity=capacity, model_dir=None
     )
 
 
-def test_names_and_identity(tmp_path):
-    store = make_store()
-    first = store.register("a", write_adapter(tmp_path / "1", BASE, seed=1))
-    second = store.register("b", write_adapter(tmp_path / "2", BASE, seed=2))
-    assert first.digest != second.digest
-    assert store.known() == "loaded are a, b"
-    with pytest.raises(AdapterError, match="'a' has already been loaded"):
-        store.register("a", tmp_path / "2")
-    with pytest.raises(AdapterError, match="must not be empty"):
-        store.register("", tmp_path / "2")
-    store.unregister("a")
-    assert store.register("a", tmp_path / "2").digest == second.digest
+def test_the_chunks_are_the_pages(tmp_path):
+    path = write_adapter(tmp_path, BASE, rank=24)
+    read = make_reader().read(path)
+    packed = pack(read_adapter(path, BASE), BASE, LAYOUT, np.dtype(np.float32))
+    assert {len(chunk) for chunk in read.chunks} <= set(CHUNKS)
+    np.testing.assert_array_equal(np.concatenate(read.chunks), packed.pages)
+    assert read.num_pages == len(packed.pages)
+    assert read.nbytes == packed.pages.nbytes
+    for got, want in zip(read.tables, (packed.rank, packed.first_tile, packed.scale), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
-def test_a_bad_adapter_leaves_nothing(tmp_path):
-    store = make_store()
+@given(st.integers(0, 300))
+def test_chunks_add_up(pages):
+    sizes = chunk_sizes(pages)
+    assert sum(sizes) == pages
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(sizes) <= set(CHUNKS)
+
+
+def test_the_id_is_of_the_content(tmp_path):
+    read = make_reader().read
+    first = read(write_adapter(tmp_path / "1", BASE, seed=1))
+    second = read(write_adapter(tmp_path / "2", BASE, seed=2))
+    copy = read(write_adapter(tmp_path / "3", BASE, seed=1))
+    assert first.id == copy.id != second.id
+
+
+def test_the_signature_changes_with_the_files(tmp_path):
+    write_adapter(tmp_path, BASE, seed=1)
+    before = signature_of(tmp_path)
+    assert signature_of(tmp_path) == before
+    write_adapter(tmp_path, BASE, seed=2)
+    assert signature_of(tmp_path) != before
+
+
+def test_a_bad_adapter_is_refused(tmp_path):
     write_adapter(tmp_path, BASE)
     edit_tensors(
         tmp_path, **{"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None}
     )
     with pytest.raises(AdapterError):
-        store.register("bad", tmp_path)
-    assert "bad" not in store
+        make_reader().read(tmp_path)
 
 
 def test_an_adapter_larger_than_the_pool(tmp_path):
+    write_adapter(tmp_path, BASE, rank=64)
     with pytest.raises(AdapterError, match=r"takes \d+ pages, the pool has 1: raise num_pages"):
-        make_store(capacity=1).register("large", write_adapter(tmp_path, BASE, rank=64))
+        make_reader(capacity=1).read(tmp_path)

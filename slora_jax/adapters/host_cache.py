@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters that host memory holds, within a budget; the others are read from the disk again."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from slora_jax.adapters.peft_config import AdapterError
+
+
+class Sized(Protocol):
+    """An adapter in host memory, as far as the budget is concerned."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Read:
+    """A read under way, whose room is reserved. `wanted` is False once nobody waits for it."""
+
+    future: Future
+    nbytes: int
+    wanted: bool = True
+
+
+class HostCache[A: Sized]:
+    """Adapters by their ids, the least recently used one dropped first.
+
+    Its reads run in threads of its own; all else is its owner's, one call at a time.
+
+    Args:
+        max_adapters: most adapters at once; None: no limit.
+        max_bytes: most bytes.
+        threads: that read.
+    """
+
+    def __init__(self, max_adapters: int | None, max_bytes: int, threads: int):
+        self._max_adapters = max_adapters
+        self._max_bytes = max_bytes
+        self._adapters: OrderedDict[str, A] = OrderedDict()  # least recently used first
+        self._reads: dict[str, _Read] = {}
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
+        self.nbytes = 0  # of the adapters and of the reads under way
+
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._adapters
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
+
+    @property
+    def reads(self) -> list[Future]:
+        """Those under way, or done and not taken in yet."""
+        return [read.future for read in self._reads.values()]
+
+    def get(self, adapter_id: str) -> A | None:
+        """An adapter if it is here, which counts as a use."""
+        adapter = self._adapters.get(adapter_id)
+        if adapter is not None:
+            self._adapters.move_to_end(adapter_id)
+        return adapter
+
+    def put(self, adapter: A) -> bool:
+        """Keeps an adapter, if the reads under way leave room for it; says whether they do."""
+        if adapter.id in self._adapters:
+            self._adapters.move_to_end(adapter.id)
+            return True
+        if not self._make_room(adapter.nbytes):
+            return False
+        self._adapters[adapter.id] = adapter
+        self.nbytes += adapter.nbytes
+        return True
+
+    def drop(self, adapter_id: str) -> None:
+        """Forgets an adapter, here or still being read."""
+        adapter = self._adapters.pop(adapter_id, None)
+        if adapter is not None:
+            self.nbytes -= adapter.nbytes
+        if adapter_id in self._reads:
+            self._reads[adapter_id].wanted = False
+
+    def fetch(self, adapter_id: str, nbytes: int, read: Callable[[], A]) -> None:
+        """Starts to read an adapter, unless it is here, under way, or there is no room now."""
+        if adapter_id in self._adapters:
+            return
+        if adapter_id in self._reads:
+            self._reads[adapter_id].wanted = True
+            return
+        if self._make_room(nbytes):
+            self.nbytes += nbytes
+            self._reads[adapter_id] = _Read(self._threads.submit(read), nbytes)
+
+    def poll(self) -> dict[str, Exception]:
+        """Takes in what has been read; returns what could not be, and why."""
+        failed: dict[str, Exception] = {}
+        for adapter_id, read in [(n, r) for n, r in self._reads.items() if r.future.done()]:
+            del self._reads[adapter_id]
+            self.nbytes -= read.nbytes
+            if not read.wanted:
+                continue
+            error = read.future.exception()
+            if error is None:
+                adapter = read.future.result()
+                if adapter.id == adapter_id:
+                    self.put(adapter)
+                    continue
+                error = AdapterError(
+                    f"{adapter.path}: the files have changed since they were loaded. Load the "
+                    "adapter again, in place of the old one"
+                )
+            if not isinstance(error, Exception):
+                raise error
+            failed[adapter_id] = error
+        return failed
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Drops adapters until another one fits; none if that is in vain."""
+        reading = sum(read.nbytes for read in self._reads.values())
+        most = self._max_adapters
+        if reading + nbytes > self._max_bytes or (most is not None and len(self._reads) >= most):
+            return False
+        while self.nbytes + nbytes > self._max_bytes or (
+            most is not None and len(self._adapters) + len(self._reads) >= most
+        ):
+            _, dropped = self._adapters.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+        return True
+
+    def check(self) -> None:
+        """Raises AssertionError unless the books agree, and with the budget."""
+        held = sum(adapter.nbytes for adapter in self._adapters.values())
+        reading = sum(read.nbytes for read in self._reads.values())
+        assert self.nbytes == held + reading, "bytes of host memory are lost"
+        assert self.nbytes <= self._max_bytes, "more host memory is used than allowed"
+        if self._max_adapters is not None:
+            assert len(self._adapters) + len(self._reads) <= self._max_adapters

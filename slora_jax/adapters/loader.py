@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings adapters from the disk to host memory, and on to the device, while steps run.
+
+Copies go to staging: memory of the device beside the pool. From there an adapter is written into
+its pages between two steps, which takes no longer than reading and writing it at the memory's
+speed. S-LoRA (section 5.2) copied into the pool itself, without waiting for steps that used it.
+"""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from slora_jax.adapters.host_cache import HostCache
+from slora_jax.adapters.store import AdapterStore, AdapterVersion
+
+_POLL_S = 50e-6
+_DISK_COST = 10.0  # bringing a page back from the disk, in copies of a page from host memory
+
+
+class Staged(Protocol):
+    """An adapter on its way to the device, or there."""
+
+    def is_ready(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Copy[S: Staged]:
+    staged: S
+    pages: int
+    ready: bool = False
+
+
+class AdapterLoader[S: Staged]:
+    """What is wanted soon, on its way from level to level.
+
+    Args:
+        store: the versions of all adapters.
+        host: those in host memory.
+        read: reads an adapter from its directory; runs in other threads.
+        copy: starts the copy of an adapter to the device, and does not wait for it.
+        capacity: pages that staging may hold; at least those of the largest adapter.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        host: HostCache,
+        read: Callable[[Path], Any],
+        copy: Callable[[Any], S],
+        capacity: int,
+    ):
+        self._store = store
+        self._host = host
+        self._read = read
+        self._copy = copy
+        self._capacity = capacity
+        self._copies: dict[str, _Copy[S]] = {}
+        self._taken: dict[str, S] = {}  # the scheduler counts on these
+        self.num_copies = 0
+
+    # For the scheduler
+
+    def is_ready(self, adapter_id: str) -> bool:
+        copy = self._copies.get(adapter_id)
+        if copy is not None and not copy.ready:
+            copy.ready = copy.staged.is_ready()
+        return copy is not None and copy.ready
+
+    def want(self, adapter_ids: Sequence[str]) -> None:
+        """Copies, or reads, as many of these as staging holds, and drops what is not among them."""
+        if not adapter_ids and not self._copies:
+            return
+        wanted, pages = [], 0
+        for adapter_id in adapter_ids:
+            version = self._store.version(adapter_id)
+            pages += version.num_pages
+            if pages > self._capacity:
+                break
+            wanted.append(version)
+        ids = {version.id for version in wanted}
+        self._copies = {name: copy for name, copy in self._copies.items() if name in ids}
+        for version in wanted:
+            self._bring(version)
+
+    def take(self, adapter_id: str) -> None:
+        self._taken[adapter_id] = self._copies.pop(adapter_id).staged
+
+    def reload_cost(self, adapter_id: str) -> float:
+        pages = self._store.version(adapter_id).num_pages
+        return pages if adapter_id in self._host else _DISK_COST * pages
+
+    # For the runner
+
+    def taken(self, adapter_id: str) -> S:
+        """A ready one that the scheduler has taken, once."""
+        return self._taken.pop(adapter_id)
+
+    # For the engine
+
+    def put(self, version: AdapterVersion, staged: S) -> None:
+        """Takes a copy that somebody else has started."""
+        self._copies[version.id] = _Copy(staged, version.num_pages)
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._host.reads)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether staging holds anything, or will."""
+        return bool(self._copies)
+
+    def drop(self, adapter_id: str) -> None:
+        """Forgets a version on all its ways."""
+        self._copies.pop(adapter_id, None)
+        self._host.drop(adapter_id)
+
+    def wait_for_copies(self, timeout: float) -> None:
+        """Waits until the copies under way are done, at most so many seconds."""
+        until = time.monotonic() + timeout
+        while not all(map(self.is_ready, tuple(self._copies))) and time.monotonic() < until:
+            time.sleep(_POLL_S)
+
+    def wait_for_reads(self, timeout: float) -> None:
+        """Waits until one of the reads under way is done, at most so many seconds."""
+        concurrent.futures.wait(self._host.reads, timeout, concurrent.futures.FIRST_COMPLETED)
+
+    def _bring(self, version: AdapterVersion) -> None:
+        """To the device if host memory has it, else to host memory."""
+        if version.id in self._copies:
+            return
+        adapter = self._host.get(version.id)
+        if adapter is None:
+            path = self._store.path_of(version)
+            self._host.fetch(version.id, version.nbytes, lambda: self._read(path))
+        else:
+            self._copies[version.id] = _Copy(self._copy(adapter), version.num_pages)
+            self.num_copies += 1

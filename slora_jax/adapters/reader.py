@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a PEFT directory to an adapter in host memory, ready to be copied to the device."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from pallas_kernels.layout import PageLayout
+from slora_jax.adapters.pack import PackedAdapter, pack
+from slora_jax.adapters.peft import AdapterError, files_of, read_adapter
+from slora_jax.config import ModelConfig
+from slora_jax.model.checkpoint import Checkpoint
+
+CHUNKS = (8, 4, 2, 1)  # pages that are copied and installed at a time: a program for each
+
+type Signature = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostAdapter:
+    """An adapter in host memory, page-locked where there is a device to copy to.
+
+    Attributes:
+        id: SHA-256 of what was read: the same weights have the same id, wherever they come from.
+        path: the directory.
+        signature: of its files, just before they were read; see `signature_of`.
+        rank: the largest of any module.
+        num_pages: that it takes in the pool.
+        chunks: its pages in order, `[n, L, page_elems]` each, with n of `CHUNKS`.
+        tables: lines of `LoraTables`: rank, first_tile and scale, `[L+1, M]` each.
+    """
+
+    id: str
+    path: Path
+    signature: Signature
+    rank: int
+    num_pages: int
+    chunks: tuple[Array | np.ndarray, ...]
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+
+def signature_of(directory: Path) -> Signature:
+    """What changes when one of the adapter's files is written or replaced, for a quick look."""
+    found = []
+    for file in files_of(directory):
+        try:
+            stat = file.stat()
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append((0, 0, 0))  # reading it will say what is wrong
+    return tuple(found)
+
+
+class AdapterReader:
+    """Reads adapters for one base model and one pool. May be used by several threads.
+
+    Args:
+        config: the base model's shape.
+        layout: of the pool's pages.
+        dtype: of the pool.
+        max_rank: largest rank that is accepted.
+        capacity: pages of the pool: an adapter that can never fit is refused.
+        model_dir: the base model's checkpoint, to compare with the copies of its embeddings that
+            PEFT saves; None for random weights.
+        memory: where adapters are kept; None: NumPy's memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: PageLayout,
+        dtype: np.dtype,
+        *,
+        max_rank: int,
+        capacity: int,
+        model_dir: Path | None,
+        memory: Sharding | None = None,
+    ):
+        self._config = config
+        self._layout = layout
+        self._dtype = dtype
+        self._max_rank = max_rank
+        self._capacity = capacity
+        self._model_dir = model_dir
+        self._memory = memory
+
+    def read(self, path: str | Path, name: str | None = None) -> HostAdapter:
+        """Reads and checks a directory.
+
+        Raises:
+            AdapterError: it is not served as PEFT would; `name` is what the message calls it.
+        """
+        path = Path(os.path.abspath(path))
+        signature = signature_of(path)
+        adapter = read_adapter(
+            path,
+            self._config,
+            name=name,
+            max_rank=self._max_rank,
+            base_weight=self._read_base if self._model_dir else None,
+        )
+        packed = pack(adapter, self._config, self._layout, self._dtype)
+        if len(packed.pages) > self._capacity:
+            raise AdapterError(
+                f"the adapter {adapter.name!r} of rank {adapter.max_rank} takes "
+                f"{len(packed.pages)} pages, the pool has {self._capacity}: raise num_pages"
+            )
+        return host_adapter(
+            packed,
+            id=adapter.digest,
+            path=path,
+            signature=signature,
+            rank=adapter.max_rank,
+            memory=self._memory,
+        )
+
+    def _read_base(self, module: str) -> np.ndarray:
+        """The base's `embed_tokens` or `lm_head`, `[V, E]`."""
+        assert self._model_dir is not None
+        own_head = module == "lm_head" and not self._config.tie_word_embeddings
+        with Checkpoint(self._model_dir) as checkpoint:
+            return checkpoint.read("lm_head.weight" if own_head else "model.embed_tokens.weight")
+
+
+def host_adapter(
+    packed: PackedAdapter,
+    *,
+    id: str,
+    path: Path,
+    signature: Signature,
+    rank: int,
+    memory: Sharding | None,
+) -> HostAdapter:
+    """Cuts a packed adapter into chunks and puts them where it is to be kept.
+
+    Raises:
+        AdapterError: there is no page-locked memory left.
+    """
+    chunks, first = [], 0
+    for size in chunk_sizes(len(packed.pages)):
+        chunks.append(packed.pages[first : first + size])
+        first += size
+    if memory is not None:
+        try:
+            chunks = jax.block_until_ready(jax.device_put(chunks, memory))
+        except jax.errors.JaxRuntimeError as error:
+            raise AdapterError(
+                f"{path}: no page-locked memory is left for it. Lower max_cpu_lora_gib, or raise "
+                "the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+            ) from error
+    tables = packed.rank, packed.first_tile, packed.scale
+    return HostAdapter(id, path, signature, rank, len(packed.pages), tuple(chunks), tables)
+
+
+def chunk_sizes(pages: int) -> list[int]:
+    """Sizes of the chunks of so many pages, largest first."""
+    sizes = []
+    for size in CHUNKS:
+        sizes += [size] * (pages // size)
+        pages %= size
+    return sizes
