@@ -3,7 +3,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,12 +40,12 @@ class HostCache[A: Sized]:
         threads: that read.
     """
 
-    def __init__(self, max_adapters: int | None, max_bytes: int, threads: int):
+    def __init__(self, max_adapters: int | None, max_bytes: int, threads: Executor):
         self._max_adapters = max_adapters
         self._max_bytes = max_bytes
         self._adapters: OrderedDict[str, A] = OrderedDict()  # least recently used first
         self._reads: dict[str, _Read] = {}
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapters")
+        self._threads = threads
         self.nbytes = 0  # of the adapters and of the reads under way
 
     def __contains__(self, adapter_id: str) -> bool:

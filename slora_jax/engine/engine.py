@@ -5,7 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ class Engine:
             host=HostCache(
                 self.options.max_cpu_loras,
                 host_bytes(self.options),
-                self.options.lora_load_threads,
+                ThreadPoolExecutor(self.options.lora_load_threads, "adapters"),
             ),
             staging_pages=staging_pages(self.config, self.options, layout),
             requests=lambda: self.scheduler.requests,

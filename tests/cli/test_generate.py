@@ -155,7 +155,7 @@ class FakeEngine:
 
     def __init__(self, max_num_seqs: int = 2) -> None:
         self.options = SimpleNamespace(max_num_seqs=max_num_seqs)
-        self.tokenizer, self.adapters = None, ()
+        self.tokenizer, self.adapters = None, SimpleNamespace(store=())
         self.left: dict[str, int] = {}
         self.most_waiting = self.num_added = 0
 

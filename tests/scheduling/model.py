@@ -10,7 +10,15 @@ from collections.abc import Callable
 from functools import cache
 
 from slora_jax.adapters.residency import AdapterCache
-from slora_jax.core import FROM_DEVICE, Rejection, Request, RowPlan, SamplingParams, StepPlan
+from slora_jax.core import (
+    FROM_DEVICE,
+    Install,
+    Rejection,
+    Request,
+    RowPlan,
+    SamplingParams,
+    StepPlan,
+)
 from slora_jax.pool.allocator import PagePool
 from slora_jax.scheduling.choice import make_policy
 from slora_jax.scheduling.cost_model import CostModel
@@ -29,7 +37,8 @@ def token_at(request_id: str, position: int) -> int:
 class Device:
     """Memory as the compiled programs leave it: installs, then page updates, then the rows."""
 
-    def __init__(self, num_pages: int, page_size: int):
+    def __init__(self, num_pages: int, page_size: int, pages_of: Callable[[str], int]):
+        self._pages_of = pages_of
         self.pages: list[dict[int, object]] = [{} for _ in range(num_pages)]
         self._page_size = page_size
         self._page_table: dict[tuple[int, int], int] = {}
@@ -39,9 +48,7 @@ class Device:
     def run(self, plan: StepPlan) -> list[int]:
         """Does a step and returns every row's next token."""
         for install in plan.installs:
-            for index, page in enumerate(install.pages):
-                self.pages[page] = {0: (install.adapter_id, index)}
-            self._adapter_pages[install.adapter_slot] = install.pages
+            self.install(install)
         for slot, column, page in plan.page_updates:
             self._page_table[slot, column] = page
         for row in plan.rows:
@@ -49,6 +56,11 @@ class Device:
                 page, offset = self._place(row.slot, position)
                 page[offset] = self._last_token[row.slot] if token == FROM_DEVICE else token
         return [self._next_token(row) for row in plan.rows]
+
+    def install(self, install: Install) -> None:
+        for index, page in enumerate(install.pages):
+            self.pages[page] = {0: (install.adapter_id, index)}
+        self._adapter_pages[install.adapter_slot] = install.pages
 
     def _place(self, slot: int, position: int) -> tuple[dict[int, object], int]:
         column, offset = divmod(position, self._page_size)
@@ -61,7 +73,9 @@ class Device:
         assert context == [token_at(row.request.id, position) for position in range(end)]
         name = row.request.adapter_id
         adapter = [self.pages[page] for page in self._adapter_pages[row.adapter_slot]]
-        assert adapter == [{0: (name, index)} for index in range(ADAPTER_PAGES[name])]
+        assert adapter == [
+            {0: (name, index)} for index in range((name and self._pages_of(name)) or 0)
+        ]
         token = token_at(row.request.id, end)
         if row.samples:
             assert row.position == end - len(row.request.prompt)
@@ -90,7 +104,8 @@ class Host:
         self.page_size, self.max_num_seqs = page_size, max_num_seqs
         self.budget, self.adapter_slots = max_num_seqs + spare_tokens, adapter_slots
         self.pool = PagePool(capacity + 1)
-        self.cache = AdapterCache(self.pool, adapter_slots, ADAPTER_PAGES.__getitem__)
+        self.device = Device(capacity + 1, page_size, self.pages_of)
+        self.cache = self.make_cache()
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": self.budget}
         self.policy = make_policy(self.options, CostModel(), self.budget)
         self.scheduler = Scheduler(
@@ -101,7 +116,6 @@ class Host:
             clock=lambda: self.now,
             **limits,
         )
-        self.device = Device(capacity + 1, page_size)
         self.live: dict[Request, int] = {}  # by arrival: the length at which each will stop
         self.added = 0
         self.rejected: list[Rejection] = []
@@ -109,32 +123,56 @@ class Host:
         self.admitted: list[Request] = []  # for the first time, in order
         self._unread: tuple[StepPlan, list[int]] | None = None
 
+    def pages_of(self, adapter_id: str) -> int:
+        return ADAPTER_PAGES[adapter_id]
+
+    def make_cache(self) -> AdapterCache:
+        return AdapterCache(self.pool, self.adapter_slots, self.pages_of)
+
+    def waits_for_adapters(self) -> bool:
+        """Whether nothing may run now, because adapters are on their way."""
+        return False
+
+    def run(self, plan: StepPlan) -> list[int]:
+        return self.device.run(plan)
+
+    def ended(self, request: Request) -> None:
+        """The scheduler has forgotten a request."""
+
     def add(self, prompt: int, max_output=1, adapter=None, stops_after=None, priority=0) -> Request:
         """A request of that many prompt tokens, cut to what the pool can hold at all."""
         most = (self.pool.capacity - ADAPTER_PAGES[adapter]) * self.page_size
         prompt = min(prompt, most)
         max_output = min(max_output, most - prompt + 1)
+        request = self.make(prompt, max_output, adapter, adapter)
+        request.priority = priority
+        self.enter(request, stops_after)
+        return request
+
+    def make(
+        self, prompt: int, max_output: int, adapter: str | None, adapter_id: str | None
+    ) -> Request:
         name = f"request {self.added}"
-        tokens = [token_at(name, position) for position in range(prompt)]
-        request = Request(
+        self.added += 1
+        return Request(
             id=name,
-            prompt=tokens,
+            prompt=[token_at(name, position) for position in range(prompt)],
             params=SamplingParams(),
             adapter=adapter,
-            adapter_id=adapter,
+            adapter_id=adapter_id,
             max_output=max_output,
-            priority=priority,
         )
-        self.added += 1
-        self.live[request] = min(stops_after or max_output, max_output)
+
+    def enter(self, request: Request, stops_after: int | None = None) -> None:
+        self.live[request] = min(stops_after or request.max_output, request.max_output)
         self.overtakers[request] = 0
         self.scheduler.add(request)
-        return request
 
     def abort(self, request: Request) -> None:
         del self.live[request]
         self.overtakers.pop(request, None)
         self.scheduler.finish(request)
+        self.ended(request)
         self.check()
 
     def step(self) -> StepPlan | None:
@@ -144,11 +182,13 @@ class Host:
             self.rejected.append(rejection)
             del self.live[rejection.request]
             del self.overtakers[rejection.request]
+            self.ended(rejection.request)
         self._count_overtakers(plan)
         if plan is not None:
             self._check_plan(plan, decoding)
-        previous, self._unread = self._unread, plan and (plan, self.device.run(plan))
-        assert plan or previous or not self.live, "requests wait, but none can run"
+        previous, self._unread = self._unread, plan and (plan, self.run(plan))
+        if not (plan or previous or not self.live):
+            assert self.waits_for_adapters(), "requests wait, but none can run"
         if previous is not None:
             self._read(*previous)
         self.now += self.step_s
@@ -188,6 +228,7 @@ class Host:
             if len(request.output) == self.live[request]:
                 del self.live[request]
                 self.scheduler.finish(request)
+                self.ended(request)
 
     def _count_overtakers(self, plan: StepPlan | None) -> None:
         """Who was admitted for the first time, past whom that came earlier and still waits."""
