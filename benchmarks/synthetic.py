@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from pallas_kernels.layout import PageLayout, ceil_div
 from slora_jax.config import ModelConfig
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")  # that adapters adapt
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")  # that adapters adapt, unless told otherwise
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def write_model(directory: Path, config: ModelConfig) -> Path:
@@ -37,35 +38,50 @@ def write_model(directory: Path, config: ModelConfig) -> Path:
 
 
 def write_adapters(
-    directory: Path, config: ModelConfig, *, count: int, rank: int
+    directory: Path,
+    config: ModelConfig,
+    *,
+    count: int,
+    rank: int,
+    modules: tuple[str, ...] = MODULES,
+    prefix: str = "adapter",
 ) -> dict[str, Path]:
     """Writes PEFT directories. All link to one file of tensors, but differ in `lora_alpha`.
+
+    Args:
+        directory: a new one.
+        config: the base.
+        count: how many.
+        rank: of every module.
+        modules: of the layers.
+        prefix: of the adapters' names.
 
     Returns:
         The directories, by the adapters' names.
     """
     directory.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(list(prefix.encode()))  # adapters of other prefixes are others
     tensors = {}
     for layer in range(config.num_hidden_layers):
-        for module in MODULES:
+        for module in modules:
             inputs, outputs = config.projection_shape(module)
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_"
+            block = "mlp" if module in _MLP else "self_attn"
+            key = f"base_model.model.model.layers.{layer}.{block}.{module}.lora_"
             for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
                 weights = rng.standard_normal(shape, np.float32) * inputs**-0.5
-                tensors[f"{prefix}{factor}.weight"] = weights.astype(ml_dtypes.bfloat16)
+                tensors[f"{key}{factor}.weight"] = weights.astype(ml_dtypes.bfloat16)
     file = directory / "tensors.safetensors"
     save_file(tensors, file)
     adapters = {}
     for number in range(count):
-        path = adapters[f"adapter-{number}"] = directory / str(number)
+        path = adapters[f"{prefix}-{number}"] = directory / str(number)
         path.mkdir()
         os.link(file, path / "adapter_model.safetensors")
         fields = {
             "peft_type": "LORA",
             "r": rank,
             "lora_alpha": 1 + number / count,
-            "target_modules": list(MODULES),
+            "target_modules": list(modules),
         }
         (path / "adapter_config.json").write_text(json.dumps(fields))
     return adapters
