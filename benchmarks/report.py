@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PLOT = "docs/benchmarks.svg"
+CURVE = "docs/adapters.svg"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 type Line = dict[str, Any]
@@ -25,6 +26,7 @@ type Line = dict[str, Any]
 _IDENTITY = (
     "device", "benchmark", "case", "model", "backend",
     "shape", "dtype", "batch", "prompt", "output", "adapters", "rank",
+    "adapters_of", "arrivals_are", "fit",
 )  # fmt: skip
 
 
@@ -44,9 +46,11 @@ def report(lines: Sequence[Line]) -> str:
     parts = []
     for device in dict.fromkeys(line["device"] for line in lines):
         own = [line for line in lines if line["device"] == device]
-        parts += [_heading(device, own), _steps(own), _kernels(own)]
+        parts += [_heading(device, own), _steps(own), _kernels(own), _loads(own), _curve(own)]
     if any(map(_is_plotted, lines)):
         parts.append(f"![Time at the limit over time measured, of every kernel]({PLOT})")
+    if any(line["benchmark"] == "adapters_curve" for line in lines):
+        parts.append(f"![Tokens a second and time to the first token, by adapters]({CURVE})")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -113,6 +117,54 @@ def _kernels(lines: Sequence[Line]) -> str:
     return _table(heads, rows)
 
 
+def _loads(lines: Sequence[Line]) -> str:
+    """Decode steps beside which short requests come, for adapters in the pool or not."""
+    rows = [
+        [
+            f"rank {line['rank']}, {line['modules']} modules, "
+            f"{line['adapter_bytes'] / 2**20:.0f} MiB",
+            {"none": "nobody", "warm": "in the pool", "cold": "in host memory"}[
+                line["arrivals_are"]
+            ],
+            f"{line['step_ms']:.2f}",
+            f"{line['step_p99_ms']:.2f}",
+            f"{line['step_of_none']:.3f}",
+            f"{line['ttft_ms']:.1f}" if "ttft_ms" in line else "",
+            f"{line['copy_ms']:.2f}" if line["arrivals_are"] == "cold" else "",
+        ]
+        for line in lines
+        if line["benchmark"] == "cold_load"
+    ]
+    heads = (
+        "Adapters of those who come",
+        "are",
+        "step, ms",
+        "p99",
+        "÷ nobody",
+        "first token, ms",
+        "copy, ms",
+    )
+    return _table(heads, rows)
+
+
+def _curve(lines: Sequence[Line]) -> str:
+    """More adapters than the pool holds."""
+    rows = [
+        [
+            f"{line['adapters']}, {line['fit']} fit",
+            f"{line['loads']} of {line['requests']}",
+            f"{line['tokens_per_s']:.0f}",
+            f"{line['step_ms']:.2f}",
+            f"{line['ttft_ms']:.0f}",
+            f"{line['ttft_p99_ms']:.0f}",
+        ]
+        for line in lines
+        if line["benchmark"] == "adapters_curve"
+    ]
+    heads = ("Adapters", "loads, of requests", "tokens/s", "step, ms", "first token, ms", "p99")
+    return _table(heads, rows)
+
+
 def _case(line: Line) -> tuple:
     return line["benchmark"], line.get("case"), line.get("model")
 
@@ -129,7 +181,7 @@ def _table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_plotted(line: Line) -> bool:
-    return line["benchmark"] != "decode" and line.get("backend") == "mosaic"
+    return bool(line["benchmark"] != "decode" and line.get("backend") == "mosaic")
 
 
 def plot(lines: Sequence[Line]) -> str:
@@ -165,6 +217,49 @@ def plot(lines: Sequence[Line]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def plot_curve(lines: Sequence[Line]) -> str:
+    """Throughput and time to the first token against the number of adapters, relative to fewest."""
+    curve = [line for line in lines if line["benchmark"] == "adapters_curve"]
+    curve = sorted(
+        (line for line in curve if line["device"] == curve[-1]["device"]),
+        key=lambda line: line["adapters"],
+    )
+    width, height, left, top = 560, 220, 60, 30
+    series = {
+        "tokens/s": ("#4878a8", [line["tokens_per_s"] for line in curve]),
+        "first token, median ms": ("#c05030", [line["ttft_ms"] for line in curve]),
+    }
+    step = (width - 2 * left) / max(len(curve) - 1, 1)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+        ' font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for number, line in enumerate(curve):
+        label = f"{line['adapters']} adapters"
+        x = left + step * number
+        parts.append(
+            f'<text x="{x:.0f}" y="{height - 10}" text-anchor="middle" fill="#666">{label}</text>'
+        )
+    for number, (name, (colour, values)) in enumerate(series.items()):
+        most = max(values)
+        points = [
+            (left + step * i, top + (height - top - 40) * (1 - 0.8 * value / most))
+            for i, value in enumerate(values)
+        ]
+        path = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+        parts += [
+            f'<text x="{left + 240 * number}" y="16" fill="{colour}">{escape(name)}</text>',
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
+            *(
+                f'<text x="{x:.0f}" y="{y - 6:.0f}" text-anchor="middle" fill="{colour}">'
+                f"{value:.0f}</text>"
+                for (x, y), value in zip(points, values, strict=True)
+            ),
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def updated(readme: str, lines: Sequence[Line]) -> str:
     """The README with the report between its markers."""
     before, rest = readme.split(START)
@@ -179,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     README.write_text(updated(README.read_text(), lines))
     if any(map(_is_plotted, lines)):
         (ROOT / PLOT).write_text(plot(lines))
+    if any(line["benchmark"] == "adapters_curve" for line in lines):
+        (ROOT / CURVE).write_text(plot_curve(lines))
     return 0
 
 

@@ -4,7 +4,17 @@
 import json
 from xml.etree import ElementTree
 
-from benchmarks.report import PLOT, README, ROOT, plot, read_results, report, updated
+from benchmarks.report import (
+    CURVE,
+    PLOT,
+    README,
+    ROOT,
+    plot,
+    plot_curve,
+    read_results,
+    report,
+    updated,
+)
 
 WHERE = {"device": "NVIDIA H200", "jax": "0.11.2", "commit": "abc", "date": "2026-01-01"}
 DECODE = {
@@ -46,6 +56,11 @@ def test_the_picture_shows_what_was_measured():
         assert (ROOT / PLOT).read_text() == plot(read_results())
 
 
+def test_the_curve_shows_what_was_measured():
+    if (ROOT / CURVE).exists():
+        assert (ROOT / CURVE).read_text() == plot_curve(read_results())
+
+
 def test_without_results_there_is_no_table(tmp_path):
     assert read_results(tmp_path) == []
     assert report([]) == ""
@@ -70,6 +85,49 @@ def test_tables():
     text = report([DECODE, {**DECODE, "backend": "xla", "us": 900.0}, STEP])
     assert "| `paged_decode` | 32/8 heads & more | 200.0 | 150.0 | 75 % | 900.0 |  |" in text
     assert "| llama-2-7b | 64, 256 + 128 | 64 of rank 16 | 7.25 | 6.00 | 83 % | 8828 |" in text
+
+
+LOAD = {
+    **WHERE,
+    "benchmark": "cold_load",
+    "arrivals_are": "cold",
+    "adapters_of": "attention",
+    "rank": 16,
+    "modules": 4,
+    "adapter_bytes": 2**25,
+    "copy_ms": 0.65,
+    "step_ms": 7.6,
+    "step_p99_ms": 8.2,
+    "step_of_none": 1.01,
+    "ttft_ms": 23.5,
+}
+CURVES = [
+    {
+        **WHERE,
+        "benchmark": "adapters_curve",
+        "adapters": count,
+        "fit": 96,
+        "loads": 4,
+        "requests": 512,
+        "tokens_per_s": 5000.0,
+        "step_ms": 7.6,
+        "ttft_ms": 30.0,
+        "ttft_p99_ms": 41.0,
+    }
+    for count in (48, 96)
+]
+
+
+def test_tables_of_loads():
+    text = report([LOAD, *CURVES])
+    wanted = "rank 16, 4 modules, 32 MiB | in host memory | 7.60 | 8.20 | 1.010 | 23.5 | 0.65 |"
+    assert wanted in text
+    assert "| 96, 96 fit | 4 of 512 | 5000 | 7.60 | 30 | 41 |" in text
+
+
+def test_the_curve_is_well_formed():
+    picture = ElementTree.fromstring(plot_curve([LOAD, *CURVES]))
+    assert sum(e.tag.endswith("polyline") for e in picture) == 2
 
 
 def test_the_picture_is_well_formed():
