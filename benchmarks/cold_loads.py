@@ -71,7 +71,7 @@ class Benchmark:
             num_pages=pages + args.pages,
             max_model_len=self._length,
             max_num_seqs=rows,
-            max_num_batched_tokens=2 * args.batch,
+            max_num_batched_tokens=max(2 * args.batch, rows),
             decode_batch_sizes=(rows,),
             max_loras=1024,
             max_lora_rank=64,
