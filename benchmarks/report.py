@@ -129,6 +129,7 @@ def _loads(lines: Sequence[Line]) -> str:
             f"{line['step_ms']:.2f}",
             f"{line['step_p99_ms']:.2f}",
             f"{line['step_of_none']:.3f}",
+            f"{line['step_of_warm']:.3f}",
             f"{line['ttft_ms']:.1f}" if "ttft_ms" in line else "",
             f"{line['copy_ms']:.2f}" if line["arrivals_are"] == "cold" else "",
         ]
@@ -140,7 +141,8 @@ def _loads(lines: Sequence[Line]) -> str:
         "are",
         "step, ms",
         "p99",
-        "÷ nobody",
+        "of nobody's",
+        "of in the pool's",
         "first token, ms",
         "copy, ms",
     )

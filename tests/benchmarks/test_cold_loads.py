@@ -5,7 +5,7 @@ import json
 
 from benchmarks import cold_loads
 
-ARGUMENTS = """--shape tiny --batch 4 --prompt 16 --steps 20 --arrival-prompt 4 --pages 140
+ARGUMENTS = """--shape tiny --batch 4 --prompt 16 --steps 45 --arrival-prompt 4 --pages 140
     --host-gib 1 --threads 2 --fit 6 --requests 16 --curve-prompt 16 --curve-output 4"""
 
 
@@ -16,7 +16,7 @@ def test_loads_and_curve(capsys):
     assert [line["arrivals_are"] for line in loads] == ["none", "warm", "cold"] * 2
     assert [line["modules"] for line in loads] == [4] * 3 + [7] * 3
     for line in loads:
-        assert line["steps"] == 20
+        assert line["steps"] == 45
         assert 0 < line["step_ms"] <= line["step_p99_ms"]
         assert ("ttft_ms" in line) == (line["arrivals_are"] != "none")
     curve = [line for line in lines if line["benchmark"] == "adapters_curve"]

@@ -98,7 +98,8 @@ LOAD = {
     "copy_ms": 0.65,
     "step_ms": 7.6,
     "step_p99_ms": 8.2,
-    "step_of_none": 1.01,
+    "step_of_none": 1.02,
+    "step_of_warm": 1.01,
     "ttft_ms": 23.5,
 }
 CURVES = [
@@ -120,7 +121,9 @@ CURVES = [
 
 def test_tables_of_loads():
     text = report([LOAD, *CURVES])
-    wanted = "rank 16, 4 modules, 32 MiB | in host memory | 7.60 | 8.20 | 1.010 | 23.5 | 0.65 |"
+    wanted = (
+        "rank 16, 4 modules, 32 MiB | in host memory | 7.60 | 8.20 | 1.020 | 1.010 | 23.5 | 0.65 |"
+    )
     assert wanted in text
     assert "| 96, 96 fit | 4 of 512 | 5000 | 7.60 | 30 | 41 |" in text
 
