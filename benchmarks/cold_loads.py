@@ -4,11 +4,11 @@
 python -m benchmarks.cold_loads --shape llama-2-7b --results benchmarks/results/cold_loads.jsonl
 
 `cold_load`: a batch of requests decodes, and every few steps a short request comes: none, for an
-adapter in the pool ("warm"), or for the same when only host memory has it ("cold"). `step_ms` is the
-median time from one step's tokens to the next one's; `step_of_none` and `step_of_warm` are medians
-of the ratio to the same step, with the same context, of the other runs; `ttft_ms` is the median from
-a short request's arrival to its first token, `copy_ms` that of copying such an adapter from
-page-locked memory to an idle device.
+adapter in the pool ("warm"), or for the same when only host memory has it ("cold"). `step_ms` is
+the median time from one step's tokens to the next one's; `step_of_none` and `step_of_warm` are
+medians of the ratio to the same step, with the same context, of the other runs; `ttft_ms` is the
+median from a short request's arrival to its first token, `copy_ms` that of copying such an adapter
+from page-locked memory to an idle device.
 
 `adapters_curve`: as many requests at a time as fit, each for a random one of `adapters`, of which
 the pool has room for `fit` at a time.

@@ -153,8 +153,9 @@ class ModelRunner:
     def stage(self, adapter: HostAdapter) -> StagedAdapter:
         """Starts to copy an adapter to the device.
 
-        The copy begins when the steps dispatched so far have ended, and overlaps with later ones:
-        on an H100, steps took as long as without it.
+        The copy begins when the steps dispatched so far have ended. What later steps need from the
+        host comes behind it, so one of them may begin later by what the copy takes: 0.6 ms for
+        32 MiB on an H100. Nothing else slows it down.
         """
         rank, _, _ = adapter.tables
         adapted = rank[:-1].any(axis=0)
