@@ -2,7 +2,7 @@
 """The adapters that host memory holds, within a budget; the others are read from the disk again."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +45,7 @@ class HostCache[A: Sized]:
         self._max_bytes = max_bytes
         self._adapters: OrderedDict[str, A] = OrderedDict()  # least recently used first
         self._reads: dict[str, _Read] = {}
+        self._kept: set[str] = set()
         self._threads = threads
         self.nbytes = 0  # of the adapters and of the reads under way
 
@@ -81,8 +82,19 @@ class HostCache[A: Sized]:
         self.nbytes += adapter.nbytes
         return True
 
+    def keep(self, adapter_id: str, kept: bool) -> None:
+        """Says whether an adapter is to stay if it is here: nobody else may have it any more.
+
+        It goes all the same when an adapter that is needed now has no room otherwise.
+        """
+        if kept:
+            self._kept.add(adapter_id)
+        else:
+            self._kept.discard(adapter_id)
+
     def drop(self, adapter_id: str) -> None:
-        """Forgets an adapter, here or still being read."""
+        """Forgets an adapter, here or still being read, kept or not."""
+        self._kept.discard(adapter_id)
         adapter = self._adapters.pop(adapter_id, None)
         if adapter is not None:
             self.nbytes -= adapter.nbytes
@@ -96,7 +108,7 @@ class HostCache[A: Sized]:
         if adapter_id in self._reads:
             self._reads[adapter_id].wanted = True
             return
-        if self._make_room(nbytes):
+        if self._make_room(nbytes) or (not self._reads and self._make_room(nbytes, kept=set())):
             self.nbytes += nbytes
             self._reads[adapter_id] = _Read(self._threads.submit(read), nbytes)
 
@@ -123,17 +135,22 @@ class HostCache[A: Sized]:
             failed[adapter_id] = error
         return failed
 
-    def _make_room(self, nbytes: int) -> bool:
+    def _make_room(self, nbytes: int, kept: Collection[str] | None = None) -> bool:
         """Drops adapters until another one fits; none if that is in vain."""
-        reading = sum(read.nbytes for read in self._reads.values())
+        kept = self._kept if kept is None else kept
         most = self._max_adapters
-        if reading + nbytes > self._max_bytes or (most is not None and len(self._reads) >= most):
+        count, total = len(self._adapters) + len(self._reads), self.nbytes
+        dropped = []
+        for adapter in self._adapters.values():
+            if total + nbytes <= self._max_bytes and (most is None or count < most):
+                break
+            if adapter.id not in kept:
+                dropped.append(adapter.id)
+                count, total = count - 1, total - adapter.nbytes
+        if total + nbytes > self._max_bytes or (most is not None and count >= most):
             return False
-        while self.nbytes + nbytes > self._max_bytes or (
-            most is not None and len(self._adapters) + len(self._reads) >= most
-        ):
-            _, dropped = self._adapters.popitem(last=False)
-            self.nbytes -= dropped.nbytes
+        for adapter_id in dropped:
+            self.nbytes -= self._adapters.pop(adapter_id).nbytes
         return True
 
     def check(self) -> None:

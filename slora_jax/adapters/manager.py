@@ -122,18 +122,18 @@ class AdapterManager[S: Staged]:
         self._check_budget(name, adapter)
         with self._lock:
             version = self.store.adopt(adapter)
-            self.host.put(adapter)
         try:
             if pinned:
-                self._make_pinned(version)
+                self._make_pinned(version, adapter)
             with self._lock:
                 check()  # another thread may have been faster
                 before = self.store[name].version if name in self.store else None
                 self.store.bind(name, adapter, pinned=pinned)
-                self._follow_pins(before)
+                self._follow_names(before)
+                self.host.put(adapter)  # after that: the one before may be kept instead
         finally:
             with self._lock:
-                self._follow_pins(version)
+                self._follow_names(version)
                 self.store.release(version)
 
     def load_all(self, paths: Mapping[str, str | Path], *, progress: bool = False) -> None:
@@ -174,14 +174,14 @@ class AdapterManager[S: Staged]:
             version = self.store.find(name).version
             self.store.hold(version)
         try:
-            self._make_pinned(version)
+            self._make_pinned(version, None)
             with self._lock:
                 if name not in self.store or self.store[name].version is not version:
                     raise AdapterError(f"the adapter {name!r} was replaced or unloaded meanwhile")
                 self.store.set_pinned(name, True)
         finally:
             with self._lock:
-                self._follow_pins(version)
+                self._follow_names(version)
                 self.store.release(version)
 
     def unpin(self, name: str) -> None:
@@ -189,14 +189,14 @@ class AdapterManager[S: Staged]:
         with self._lock:
             self.store.find(name)
             self.store.set_pinned(name, False)
-            self._follow_pins(self.store[name].version)
+            self._follow_names(self.store[name].version)
 
     def unload(self, name: str) -> Future[None]:
         """See `Engine.unload_adapter`."""
         with self._lock:
             version = self.store.find(name).version
             gone = self.store.unbind(name)
-            self._follow_pins(version)
+            self._follow_names(version)
             return gone
 
     # For the engine, which holds the lock
@@ -274,19 +274,26 @@ class AdapterManager[S: Staged]:
                     raise error
         return {name: failed[name] for name in paths if name in failed}
 
-    def _follow_pins(self, version: AdapterVersion | None) -> None:
-        """Lets a resident version be evicted once no name of it is pinned."""
-        if version is not None and version.id in self.cache and not self.store.is_pinned(version):
-            self.cache.unpin(version.id)
+    def _follow_names(self, version: AdapterVersion | None) -> None:
+        """Does what a version's names ask for, after one was given to it or taken away.
 
-    def _make_pinned(self, version: AdapterVersion) -> None:
-        """Brings a version that is held into the pool, to stay there.
+        Once no name of it is pinned, it can be evicted. Once it has no names, its directory may
+        hold something else: host memory keeps it for those who still use it.
+        """
+        if version is None or not self.store.knows(version):
+            return
+        if version.id in self.cache and not self.store.is_pinned(version):
+            self.cache.unpin(version.id)
+        self.host.keep(version.id, not version.names)
+
+    def _make_pinned(self, version: AdapterVersion, adapter: HostAdapter | None) -> None:
+        """Brings a version that is held into the pool, to stay there; reads it if it must.
 
         Raises:
             AdapterError: the pool has no room for it now, or others would have none left.
         """
         with self._lock:
-            adapter, path = self.host.get(version.id), self.store.path_of(version)
+            adapter, path = adapter or self.host.get(version.id), self.store.path_of(version)
             resident = version.id in self.cache
         staged = None
         if not resident:

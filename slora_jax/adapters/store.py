@@ -171,6 +171,10 @@ class AdapterStore:
         """All that have a name or a user."""
         return list(self._versions.values())
 
+    def knows(self, version: AdapterVersion) -> bool:
+        """Whether a version has not been freed."""
+        return self._versions.get(version.id) is version
+
     def version(self, adapter_id: str) -> AdapterVersion:
         return self._versions[adapter_id]
 

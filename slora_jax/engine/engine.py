@@ -367,12 +367,13 @@ class Engine:
             if previous is None:
                 self._step_start = time.monotonic()
             stuck = previous is None and plan is None and bool(self._progress)
-        if stuck and loader.has_copies:
+            copies, reads = stuck and loader.has_copies, stuck and loader.is_reading
+            if stuck and not (copies or reads or outputs):
+                raise AssertionError("requests wait, but none can run")
+        if copies:
             loader.wait_for_copies(_WAIT_S)
-        elif stuck and loader.is_reading:
+        elif reads:
             loader.wait_for_reads(_WAIT_S)
-        elif stuck and not outputs:
-            raise AssertionError("requests wait, but none can run")
         if previous is None:
             return outputs
         jax.block_until_ready(previous.result.tokens)

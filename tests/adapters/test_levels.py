@@ -144,6 +144,20 @@ class TestHostMemory:
         assert "a" not in host
         assert host.nbytes == 0
 
+    def test_the_last_copy_stays_for_those_who_use_it(self):
+        """Its name stands for another by now, and its directory holds that."""
+        host = host_with({"a": 1}, max_cpu_loras=1)
+        old = host.ask("a", 4, 4)
+        host.manager.load("a", host.disk.write("/a", "other", 1), replace=True)
+        new = host.ask("a", 4, 4)
+        assert old.adapter_id != new.adapter_id
+        for _ in range(20):
+            host.let_all_come()
+            host.step()
+        assert not host.live
+        assert not host.failed
+        assert [one.split()[0] for one in host.cache.residents] == ["other"]
+
 
 class TestEviction:
     def use(self, host: AdapterHost, name: str) -> None:

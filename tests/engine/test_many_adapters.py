@@ -188,6 +188,27 @@ class TestAtRunTime:
             engine.load_adapter("a", write(tmp_path, 1))
         assert "a" not in engine.adapters.store
 
+    def test_the_last_request_goes_while_its_adapter_comes(self, engine, tmp_path, monkeypatch):
+        """Another thread aborts it just when the step has found that all there is to do is wait."""
+        engine.load_adapter("a", write(tmp_path, 1))
+        request_id = engine.add_request(PROMPT, PARAMS, adapter="a")
+        gone = engine.unload_adapter("a")
+        lock = engine._lock
+
+        class AbortsWhenReleased:
+            def __enter__(self):
+                lock.acquire()
+
+            def __exit__(self, *error):
+                lock.release()
+                engine.__dict__["_lock"] = lock
+                engine.abort(request_id)
+
+        monkeypatch.setattr(engine, "_lock", AbortsWhenReleased())
+        assert engine.step() == []
+        assert gone.done()
+        assert not engine.has_unfinished
+
     def test_a_pinned_adapter_stays(self, engine, tmp_path):
         engine.load_adapter("pinned", write(tmp_path / "pinned", 0), pinned=True)
         engine.load_adapters({f"{n}": write(tmp_path / f"{n}", n) for n in range(1, 60)})
