@@ -137,7 +137,8 @@ class Scheduler:
         """Admits who fits, in the policy's order, with what is left of the step's tokens."""
         if not (self.waiting and self._free_slots and budget > 0):
             return
-        policy, passed, on_their_way = self.policy, list[Request](), 0
+        # Without room; without an adapter yet: they keep nobody waiting, but are overtaken as well.
+        policy, passed, loading = self.policy, list[Request](), list[Request]()
         promised = sum(map(self._missing_pages, self.running))
         if self.running:  # else one that needs the whole pool would wait for ever
             promised += int(policy.options.admission_watermark * self._pool.capacity)
@@ -148,14 +149,14 @@ class Scheduler:
             if request.in_flight:
                 break  # a preempted request's last token may still be on its way
             if request.adapter_id and not self._adapters.is_available(request.adapter_id):
-                on_their_way += 1
                 self._upcoming_changed = True  # or nobody might ever fetch it
-                if policy.is_starved(request) or on_their_way > policy.options.prefetch_lookahead:
+                if len(loading) >= policy.options.prefetch_lookahead:
                     break
+                loading.append(request)
                 continue
             pages = self._missing_pages(request)
             fits = promised + pages <= room
-            if fits and self._admit(request, promised + pages, passed, plan):
+            if fits and self._admit(request, promised + pages, passed + loading, plan):
                 chunk = min(request.num_to_compute, budget)
                 if not self._grow(request, chunk, plan):
                     raise AssertionError("admission promised pages that are not there")
@@ -188,7 +189,7 @@ class Scheduler:
         Args:
             request: the candidate.
             reserve: pages that it and the running requests lack.
-            passed: candidates before it that found no room.
+            passed: candidates before it that found no room, or whose adapters are on their way.
             plan: the step.
         """
         if request.adapter_id is None:

@@ -8,10 +8,12 @@ the tail, each time another one: sixty of them, while the pool has room for thre
 import pytest
 
 from slora_jax.core import Request
+from tests.adapters.world import AdapterHost
 from tests.scheduling import model
 from tests.scheduling.model import Host
 
 TAIL = 60
+SIZES = {"capacity": 18, "max_num_seqs": 6, "adapter_slots": 3}
 OVERTAKES = 8
 
 
@@ -25,13 +27,13 @@ def tail(monkeypatch) -> list[str]:
 
 
 def worst_waits(
-    tail: list[str], *, priority: int = 0, every: int = 4, **options
+    tail: list[str], *, priority: int = 0, every: int = 4, host: Host | None = None, **options
 ) -> tuple[int, int, float]:
     """How often anybody was overtaken, the tail's longest wait in steps, the hot one's share.
 
     A step takes a second. Of all admissions, until the last of the tail; the wait is for admission.
     """
-    host = Host(capacity=18, max_num_seqs=6, adapter_slots=3, max_overtakes=OVERTAKES, **options)
+    host = host or Host(**SIZES, max_overtakes=OVERTAKES, **options)
     names, arrived, waits, overtaken = iter(tail), dict[Request, int](), list[int](), 0
     for step in range(4000):
         if step % every == 0 and (name := next(names, None)):
@@ -84,6 +86,52 @@ def test_low_priority_waits_no_longer_than_its_age_is_worth(tail, ageing):
     )
     assert waited > first_come
     assert waited <= 2 * ageing + first_come + 4
+
+
+class SlowHost(AdapterHost):
+    """Reads an adapter a step, and needs two steps for a copy; holds four adapters in memory."""
+
+    def __init__(self, names: list[str], **options):
+        super().__init__(
+            SIZES["capacity"],
+            4,
+            SIZES["max_num_seqs"],
+            12,
+            SIZES["adapter_slots"],
+            staging_pages=4,
+            max_cpu_loras=4,
+            max_bytes=1000,
+            max_overtakes=OVERTAKES,
+            **options,
+        )
+        for name in names:
+            self.manager.load(name, self.disk.write(f"/{name}", name, 2))
+
+    def add(self, prompt, max_output=1, adapter=None, stops_after=None, priority=0):
+        return self.ask(adapter, prompt, max_output)
+
+    def step(self):
+        arrived = tuple(self.copies)
+        plan = super().step()
+        for copy in arrived:
+            copy.done = True
+        self.copies = [copy for copy in self.copies if not copy.done]
+        if self.threads.waiting:
+            self.threads.run_one()
+        return plan
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vtc"])
+def test_slow_loads_starve_nobody(tail, policy):
+    """The tail's adapters come from the disk, by a read and a copy: no request is counted out.
+
+    Requests without an adapter were not counted as overtaken once: they waited 181 steps, not 32.
+    """
+    _, waited, _ = worst_waits(tail, scheduling_policy=policy)
+    slow = SlowHost([*tail, "hot"], scheduling_policy=policy)
+    _, slowly, hot = worst_waits(tail, host=slow)
+    assert slowly <= waited + 10
+    assert hot > 0.2
 
 
 def test_last_come_first_served_does_starve(tail):
