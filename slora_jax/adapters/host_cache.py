@@ -101,16 +101,18 @@ class HostCache[A: Sized]:
         if adapter_id in self._reads:
             self._reads[adapter_id].wanted = False
 
-    def fetch(self, adapter_id: str, nbytes: int, read: Callable[[], A]) -> None:
-        """Starts to read an adapter, unless it is here, under way, or there is no room now."""
+    def fetch(self, adapter_id: str, nbytes: int, read: Callable[[], A]) -> bool:
+        """Starts to read an adapter, unless it is here or under way; False: no room now."""
         if adapter_id in self._adapters:
-            return
+            return True
         if adapter_id in self._reads:
             self._reads[adapter_id].wanted = True
-            return
+            return True
         if self._make_room(nbytes) or (not self._reads and self._make_room(nbytes, kept=set())):
             self.nbytes += nbytes
             self._reads[adapter_id] = _Read(self._threads.submit(read), nbytes)
+            return True
+        return False
 
     def poll(self) -> dict[str, Exception]:
         """Takes in what has been read; returns what could not be, and why."""
@@ -118,8 +120,8 @@ class HostCache[A: Sized]:
         for adapter_id, read in [(n, r) for n, r in self._reads.items() if r.future.done()]:
             del self._reads[adapter_id]
             self.nbytes -= read.nbytes
-            if not read.wanted:
-                continue
+            if not read.wanted or adapter_id in self._adapters:
+                continue  # or it has come some other way
             error = read.future.exception()
             if error is None:
                 adapter = read.future.result()

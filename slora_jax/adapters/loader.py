@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slora_jax.adapters.host_cache import HostCache
+from slora_jax.adapters.peft_config import AdapterError
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 
 _POLL_S = 50e-6
@@ -59,6 +60,7 @@ class AdapterLoader[S: Staged]:
         self._capacity = capacity
         self._copies: dict[str, _Copy[S]] = {}
         self._taken: dict[str, S] = {}  # the scheduler counts on these
+        self._failed: dict[str, Exception] = {}
         self.num_copies = 0
 
     # For the scheduler
@@ -82,8 +84,10 @@ class AdapterLoader[S: Staged]:
             wanted.append(version)
         ids = {version.id for version in wanted}
         self._copies = {name: copy for name, copy in self._copies.items() if name in ids}
-        for version in wanted:
-            self._bring(version)
+        # First what host memory has: a read may take its place there.
+        for version in [version for version in wanted if not self._copy_from_host(version)]:
+            if not self._fetch(version):
+                break  # nobody goes past it, or it might never find room
 
     def take(self, adapter_id: str) -> None:
         self._taken[adapter_id] = self._copies.pop(adapter_id).staged
@@ -110,12 +114,27 @@ class AdapterLoader[S: Staged]:
 
     @property
     def has_copies(self) -> bool:
-        """Whether staging holds anything, or will."""
+        """Whether staging holds anything."""
         return bool(self._copies)
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether `poll` has bad news."""
+        return bool(self._failed)
+
+    def poll(self) -> dict[str, Exception]:
+        """Takes in what has been read; returns what could not be brought, and why."""
+        failed, self._failed = self._failed, {}
+        return failed | self._host.poll()
+
+    def discard(self, adapter_id: str) -> None:
+        """Forgets a copy."""
+        self._copies.pop(adapter_id, None)
 
     def drop(self, adapter_id: str) -> None:
         """Forgets a version on all its ways."""
         self._copies.pop(adapter_id, None)
+        self._failed.pop(adapter_id, None)
         self._host.drop(adapter_id)
 
     def wait_for_copies(self, timeout: float) -> None:
@@ -128,14 +147,45 @@ class AdapterLoader[S: Staged]:
         """Waits until one of the reads under way is done, at most so many seconds."""
         concurrent.futures.wait(self._host.reads, timeout, concurrent.futures.FIRST_COMPLETED)
 
-    def _bring(self, version: AdapterVersion) -> None:
-        """To the device if host memory has it, else to host memory."""
-        if version.id in self._copies:
-            return
+    def read(self, paths: Sequence[Path], adapter_id: str) -> Any:
+        """Reads a version from the first directory that still has it. May be called by any thread.
+
+        Raises:
+            AdapterError: none has, or cannot be read.
+        """
+        errors: list[AdapterError] = []
+        for path in paths:
+            try:
+                adapter = self._read(path)
+            except AdapterError as error:
+                errors.append(error)
+                continue
+            if adapter.id == adapter_id:
+                return adapter
+            errors.append(
+                AdapterError(
+                    f"{path}: the files have changed since they were loaded. Load the adapter "
+                    "again, in place of the old one"
+                )
+            )
+        raise errors[0]
+
+    def _copy_from_host(self, version: AdapterVersion) -> bool:
+        """Starts a copy to the device, if host memory has the version; False if it has not."""
+        if version.id in self._copies or version.id in self._failed:
+            return True
         adapter = self._host.get(version.id)
         if adapter is None:
-            path = self._store.path_of(version)
-            self._host.fetch(version.id, version.nbytes, lambda: self._read(path))
-        else:
-            self._copies[version.id] = _Copy(self._copy(adapter), version.num_pages)
-            self.num_copies += 1
+            return False
+        try:
+            staged = self._copy(adapter)
+        except RuntimeError as error:  # out of the device's memory: nothing was changed
+            self._failed[version.id] = error
+            return True
+        self._copies[version.id] = _Copy(staged, version.num_pages)
+        self.num_copies += 1
+        return True
+
+    def _fetch(self, version: AdapterVersion) -> bool:
+        paths = self._store.paths_of(version)
+        return self._host.fetch(version.id, version.nbytes, lambda: self.read(paths, version.id))

@@ -2,11 +2,12 @@
 """Loads, replaces, pins and unloads adapters while requests for them run."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Protocol
 
 from rich.console import Console
@@ -98,6 +99,7 @@ class AdapterManager[S: Staged]:
         self._requests = requests
         self._page_size = page_size
         self._threads = threads
+        self._staging = Lock()  # one pin at a time copies; taken before the engine's lock
         self.host = host
         self.store = AdapterStore(self._free)
         self.loader: AdapterLoader[S] = AdapterLoader(
@@ -123,18 +125,18 @@ class AdapterManager[S: Staged]:
         with self._lock:
             version = self.store.adopt(adapter)
         try:
-            if pinned:
-                self._make_pinned(version, adapter)
-            with self._lock:
-                check()  # another thread may have been faster
-                before = self.store[name].version if name in self.store else None
-                self.store.bind(name, adapter, pinned=pinned)
-                self._follow_names(before)
-                self.host.put(adapter)  # after that: the one before may be kept instead
+            with self._staging if pinned else nullcontext():
+                staged = self._stage(version, adapter) if pinned else None
+                with self._lock:
+                    check()  # another thread may have been faster
+                    if pinned:
+                        self._enter(version, staged)
+                    before = self.store[name].version if name in self.store else None
+                    self.store.bind(name, adapter, pinned=pinned)
+                    self._follow_names(before)
+                    self.host.put(adapter)  # after that: the one before may be kept instead
         finally:
-            with self._lock:
-                self._follow_names(version)
-                self.store.release(version)
+            self._let_go(version)
 
     def load_all(self, paths: Mapping[str, str | Path], *, progress: bool = False) -> None:
         """See `Engine.load_adapters`."""
@@ -151,18 +153,24 @@ class AdapterManager[S: Staged]:
         there = {file.parent.name: file.parent for file in sorted(root.glob(f"*/{CONFIG_FILE}"))}
         with self._lock:
             bound = {name: self.store[name] for name in self.store}
-        own = {name: one for name, one in bound.items() if one.path.parent == root}
+        own = {name: one for name, one in bound.items() if one.path == root / name}
         result = Rescan()
-        for name in own.keys() - there.keys():
-            self.unload(name)
-            result.unloaded.append(name)
+        for name in sorted(own.keys() - there.keys()):
+            with self._lock:
+                still = name in self.store and self.store[name].path == own[name].path
+            if still:
+                self.unload(name)
+                result.unloaded.append(name)
         for name in there.keys() & (bound.keys() - own.keys()):
             result.failed[name] = f"the adapter {name!r} has been loaded from {bound[name].path}"
         changed = {
             n: p for n, p in there.items() if n in own and own[n].signature != signature_of(p)
         }
         new = {n: p for n, p in there.items() if n not in bound}
-        failed = self._load_each({**changed, **new}, replace=changed.keys(), progress=progress)
+        pinned = {name for name in changed if own[name].pinned}
+        failed = self._load_each(
+            {**changed, **new}, replace=changed.keys(), pinned=pinned, progress=progress
+        )
         result.failed |= {name: str(error) for name, error in failed.items()}
         result.loaded = sorted(new.keys() - failed.keys())
         result.replaced = sorted(changed.keys() - failed.keys())
@@ -174,15 +182,17 @@ class AdapterManager[S: Staged]:
             version = self.store.find(name).version
             self.store.hold(version)
         try:
-            self._make_pinned(version, None)
-            with self._lock:
-                if name not in self.store or self.store[name].version is not version:
-                    raise AdapterError(f"the adapter {name!r} was replaced or unloaded meanwhile")
-                self.store.set_pinned(name, True)
+            with self._staging:
+                staged = self._stage(version, None)
+                with self._lock:
+                    if name not in self.store or self.store[name].version is not version:
+                        raise AdapterError(
+                            f"the adapter {name!r} was replaced or unloaded meanwhile"
+                        )
+                    self._enter(version, staged)
+                    self.store.set_pinned(name, True)
         finally:
-            with self._lock:
-                self._follow_names(version)
-                self.store.release(version)
+            self._let_go(version)
 
     def unpin(self, name: str) -> None:
         """See `Engine.unpin_adapter`."""
@@ -197,7 +207,8 @@ class AdapterManager[S: Staged]:
             version = self.store.find(name).version
             gone = self.store.unbind(name)
             self._follow_names(version)
-            return gone
+        self.store.tell()
+        return gone
 
     # For the engine, which holds the lock
 
@@ -254,21 +265,28 @@ class AdapterManager[S: Staged]:
             )
 
     def _load_each(
-        self, paths: Mapping[str, str | Path], *, replace: Iterable[str] = (), progress: bool
-    ) -> dict[str, AdapterError]:
+        self,
+        paths: Mapping[str, str | Path],
+        *,
+        replace: Collection[str] = (),
+        pinned: Collection[str] = (),
+        progress: bool,
+    ) -> dict[str, Exception]:
         """Loads adapters, several at a time; returns what could not be, in the order given."""
-        failed: dict[str, AdapterError] = {}
+        failed: dict[str, Exception] = {}
         if not paths:
             return failed
         bar = Progress(console=Console(stderr=True), disable=not progress)
         with bar, ThreadPoolExecutor(self._threads) as threads:
             reads = {
-                threads.submit(self.load, name, path, replace=name in replace): name
+                threads.submit(
+                    self.load, name, path, replace=name in replace, pinned=name in pinned
+                ): name
                 for name, path in paths.items()
             }
             for read in bar.track(as_completed(reads), len(reads), description="adapters"):
                 error = read.exception()
-                if isinstance(error, AdapterError):
+                if isinstance(error, Exception):
                     failed[reads[read]] = error
                 elif error is not None:
                     raise error
@@ -286,41 +304,53 @@ class AdapterManager[S: Staged]:
             self.cache.unpin(version.id)
         self.host.keep(version.id, not version.names)
 
-    def _make_pinned(self, version: AdapterVersion, adapter: HostAdapter | None) -> None:
-        """Brings a version that is held into the pool, to stay there; reads it if it must.
+    def _let_go(self, version: AdapterVersion) -> None:
+        """Ends the hold on a version."""
+        with self._lock:
+            self._follow_names(version)
+            self.store.release(version)
+        self.store.tell()
+
+    def _stage(self, version: AdapterVersion, adapter: HostAdapter | None) -> S | None:
+        """A ready copy of a version that is held, read again if need be; None: it is in the pool.
+
+        Called without the lock.
+        """
+        with self._lock:
+            if version.id in self.cache:
+                return None
+            adapter, paths = adapter or self.host.get(version.id), self.store.paths_of(version)
+        staged = self._device.stage(adapter or self.loader.read(paths, version.id))
+        staged.wait()
+        return staged
+
+    def _enter(self, version: AdapterVersion, staged: S | None) -> None:
+        """Brings a version into the pool, to stay there. Called with the lock.
 
         Raises:
             AdapterError: the pool has no room for it now, or others would have none left.
         """
-        with self._lock:
-            adapter, path = adapter or self.host.get(version.id), self.store.path_of(version)
-            resident = version.id in self.cache
-        staged = None
-        if not resident:
-            adapter = adapter or self._read(path)
-            if adapter.id != version.id:
-                raise AdapterError(f"{path}: the files have changed. Load the adapter again")
-            staged = self._device.stage(adapter)
-            staged.wait()
-        with self._lock:
-            self._check_pin(version)
-            if version.id not in self.cache:
-                if staged is None:
-                    raise AdapterError(
-                        "the adapter was evicted while it was being pinned: try again"
-                    )
-                self.loader.put(version, staged)
-                acquired = self.cache.acquire(version.id)
-                if acquired is None:
-                    raise AdapterError(
-                        f"the pool has no {version.num_pages} pages for the adapter now: pin it "
-                        "when fewer requests run, or raise num_pages"
-                    )
-                self.cache.release(version.id)
-                install = acquired[1]
-                assert install is not None
+        self._check_pin(version)
+        if version.id not in self.cache:
+            if staged is None:
+                raise AdapterError("the adapter was evicted while it was being pinned: try again")
+            self.loader.put(version, staged)
+            acquired = self.cache.acquire(version.id)
+            if acquired is None:
+                self.loader.discard(version.id)
+                raise AdapterError(
+                    f"the pool has no {version.num_pages} pages for the adapter now: pin it when "
+                    "fewer requests run, or raise num_pages"
+                )
+            self.cache.release(version.id)
+            install = acquired[1]
+            assert install is not None
+            try:
                 self._device.install(install, self.loader.taken(version.id))
-            self.cache.pin(version.id)
+            except BaseException:
+                self.cache.evict(version.id)  # nobody knows what its pages hold
+                raise
+        self.cache.pin(version.id)
 
     def _check_pin(self, version: AdapterVersion) -> None:
         """Raises AdapterError if others would have no room with a version pinned."""

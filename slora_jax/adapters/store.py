@@ -85,6 +85,7 @@ class AdapterStore:
         self._free = free
         self._names: dict[str, Binding] = {}
         self._versions: dict[str, AdapterVersion] = {}
+        self._told: list[Future[None]] = []
 
     # Names
 
@@ -131,11 +132,11 @@ class AdapterStore:
         version = self._versions[adapter.id]
         before = self._names.get(name)
         version.names.add(name)
-        self._tell(version)
         self._names[name] = Binding(version, adapter.path, adapter.signature, pinned)
         if before is not None and before.version is not version:
             before.version.names.discard(name)
             self._settle(before.version)
+        self._tell(version)
 
     def unbind(self, name: str) -> Future[None]:
         """Takes a name away.
@@ -150,7 +151,7 @@ class AdapterStore:
         gone: Future[None] = Future()
         gone.set_running_or_notify_cancel()  # freeing can't be cancelled
         if version.names:
-            gone.set_result(None)
+            self._told.append(gone)
         else:
             version.gone.append(gone)
             self._settle(version)
@@ -178,9 +179,13 @@ class AdapterStore:
     def version(self, adapter_id: str) -> AdapterVersion:
         return self._versions[adapter_id]
 
-    def path_of(self, version: AdapterVersion) -> Path:
-        """A directory to read it from again: one that a name of it was loaded from, if any."""
-        return next((self._names[name].path for name in version.names), version.path)
+    def paths_of(self, version: AdapterVersion) -> list[Path]:
+        """Directories to read it from again: those that its names were loaded from, then the last.
+
+        Any of them may hold something else by now.
+        """
+        named = (self._names[name].path for name in sorted(version.names))
+        return list(dict.fromkeys([*named, version.path]))
 
     def adopt(self, adapter: Read) -> AdapterVersion:
         """The version of what was read, held as by a request: `release` it."""
@@ -211,9 +216,16 @@ class AdapterStore:
 
     def _tell(self, version: AdapterVersion) -> None:
         """Those who wait for its end need wait no longer."""
-        gone, version.gone = version.gone, []
-        for one in gone:
-            one.set_result(None)
+        self._told += version.gone
+        version.gone = []
+
+    def tell(self) -> None:
+        """Resolves the futures of what has been freed since the last time.
+
+        To be called without a lock: their callbacks may do anything.
+        """
+        while self._told:
+            self._told.pop(0).set_result(None)
 
     def check(self, users: dict[str, int]) -> None:
         """Raises AssertionError unless names and versions agree, and users with the caller's."""

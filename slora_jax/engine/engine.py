@@ -279,7 +279,9 @@ class Engine:
             if progress is None:
                 return None
             self._end(progress.request)
-            return progress.abort()
+            output = progress.abort()
+        self.adapters.store.tell()
+        return output
 
     @property
     def has_unfinished(self) -> bool:
@@ -298,7 +300,9 @@ class Engine:
         """
         self._check_alive()
         try:
-            return self._step()
+            outputs = self._step()
+            self.adapters.store.tell()
+            return outputs
         except BaseException as error:
             # The scheduler took the step as done, and the pool may have been donated to it.
             self._failure = error
@@ -368,7 +372,7 @@ class Engine:
                 self._step_start = time.monotonic()
             stuck = previous is None and plan is None and bool(self._progress)
             copies, reads = stuck and loader.has_copies, stuck and loader.is_reading
-            if stuck and not (copies or reads or outputs):
+            if stuck and not (copies or reads or outputs or loader.has_failures):
                 raise AssertionError("requests wait, but none can run")
         if copies:
             loader.wait_for_copies(_WAIT_S)
@@ -392,7 +396,9 @@ class Engine:
     def _failed_loads(self) -> list[RequestOutput]:
         """Ends the requests whose adapters could not be read again."""
         outputs = []
-        for adapter_id, error in self.adapters.host.poll().items():
+        for adapter_id, error in self.adapters.loader.poll().items():
+            if adapter_id in self.adapters.cache:
+                continue
             for request in [r for r in self.scheduler.waiting if r.adapter_id == adapter_id]:
                 outputs.append(self._progress[request.id].fail(f"the adapter is lost: {error}"))
                 self._end(request)

@@ -167,14 +167,16 @@ class ModelRunner:
 
     def install(self, install: Install, staged: StagedAdapter) -> None:
         """Writes an adapter into its pages, and its lines into the tables, before the next step."""
-        pool, tables, first = self.state.pool, self.state.tables, 0
-        for chunk in staged.chunks:
+        first = 0
+        for chunk in staged.chunks:  # the pool is donated each time: the state always has the new
             pages = np.array(install.pages[first : first + len(chunk)], np.int32)
-            pool = programs.install_pages(pool, pages, chunk)
+            pool = programs.install_pages(self.state.pool, pages, chunk)
+            self.state = self.state._replace(pool=pool)
             first += len(chunk)
+        tables = self.state.tables
         pages = padded(install.pages, tables.pages.shape[1], fill=0)
         tables = programs.install_tables(tables, install.adapter_slot, pages, *staged.tables)
-        self.state = self.state._replace(pool=pool, tables=tables)
+        self.state = self.state._replace(tables=tables)
         self._outer.discard(install.adapter_slot)
         if staged.has_outer:
             self._outer.add(install.adapter_slot)

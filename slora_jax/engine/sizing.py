@@ -48,7 +48,7 @@ def pool_pages(
     else:
         share = options.gpu_memory_utilization
         usable = _free_bytes(share) - _step_temporaries(weights, config, options, layout)
-        pages = usable // page_bytes - 2 * staging_pages(config, options, layout)
+        pages = usable // page_bytes - 3 * staging_pages(config, options, layout)
     # Coarse, so that a few MB more or less of free memory compile to the same shapes.
     pages -= pages % (256 if pages >= 4096 else 16)
     needed = sequence + 1
@@ -86,7 +86,8 @@ def check_pool_fits(
 def staging_pages(config: ModelConfig, options: EngineConfig, layout: PageLayout) -> int:
     """Pages of adapters that may be on their way to the pool at once: one of the largest, at least.
 
-    They take as much of the device's memory again while they are installed.
+    Memory is left for three times as many: for these, for those that are being installed, and for
+    one that is being pinned.
     """
     return max(most_pages(options.max_lora_rank, config, layout), _STAGING_PAGES)
 

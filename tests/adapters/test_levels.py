@@ -157,6 +157,139 @@ class TestHostMemory:
         assert not host.failed
         assert [one.split()[0] for one in host.cache.residents] == ["other"]
 
+    def test_what_host_memory_has_is_copied_before_a_read_takes_its_place(self):
+        host = host_with({"a": 1}, max_cpu_loras=1, scheduling_policy="lcfs")
+        host.ask("a", 4, 4)
+        host.manager.load("a", host.disk.write("/a", "other", 1), replace=True)
+        host.ask("a", 4, 4)  # goes first, but has to be read
+        for _ in range(20):
+            host.let_all_come()
+            host.step()
+        assert not host.live
+        assert not host.failed
+
+    def test_small_adapters_do_not_starve_a_large_one_of_host_memory(self):
+        names = [f"small-{n}" for n in range(40)]
+        host = host_with({"large": 3, **dict.fromkeys(names, 2)}, max_bytes=4 * PAGE_BYTES)
+        for name in ("large", *names):
+            host.manager.host.drop(host.manager.store[name].version.id)
+        coming = iter(names)
+        host.ask(next(coming), 4, 1)
+        host.step()
+        large = host.ask("large", 4, 1)
+        for name in coming:
+            host.ask(name, 4, 1)
+            host.step()
+            if host.threads.waiting:
+                host.threads.run_one()
+            for copy in host.copies:
+                copy.done = True
+        assert large not in host.live
+
+    def test_the_same_weights_in_two_directories(self):
+        """Whichever of them is lost."""
+        for lost in ("/1", "/2"):
+            host = host_with({})
+            for name, path in (("one", "/1"), ("two", "/2")):
+                host.manager.load(name, host.disk.write(path, "same", 1))
+            [version] = host.manager.store.versions
+            host.manager.host.drop(version.id)
+            host.disk.write(lost, "other", 1)
+            requests = [host.ask(name, 4, 2) for name in ("one", "two")]
+            for _ in range(20):
+                host.let_all_come()
+                host.step()
+            assert not host.failed
+            assert not set(requests) & set(host.live)
+
+    def test_a_read_that_failed_before_the_adapter_came_back(self):
+        host = host_with({"a": 1})
+        host.manager.host.drop(host.manager.store["a"].version.id)
+        del host.disk.files[Path("/a")]
+        request = host.ask("a", 4, 2)
+        host.step()
+        host.threads.run_one()
+        content = host.manager.store["a"].version.id.split()[0]
+        host.manager.load("a", host.disk.write("/new", content, 1), replace=True)
+        for _ in range(10):
+            host.let_all_come()
+            host.step()
+        assert not host.failed
+        assert request not in host.live
+
+    def test_a_copy_that_fails_ends_its_requests_only(self):
+        host = host_with({"a": 1, "b": 1})
+        stage = host.stage
+
+        def fail(adapter):
+            if adapter.id.startswith("a"):
+                raise RuntimeError("out of memory")
+            return stage(adapter)
+
+        host.manager.loader._copy = fail
+        bad, good = host.ask("a", 4, 2), host.ask("b", 4, 2)
+        for _ in range(10):
+            host.let_all_come()
+            host.step()
+        assert [request for request, _ in host.failed] == [bad]
+        assert good not in host.live
+
+
+class TestPins:
+    def test_an_install_that_fails_leaves_nothing_behind(self):
+        host = host_with({"a": 1})
+        install, host.install = host.install, None
+        with pytest.raises(TypeError):
+            host.manager.pin("a")
+        assert not host.cache.residents
+        host.install = install
+        host.manager.pin("a")
+        assert host.cache.num_pinned == 1
+        host.check()
+
+    @pytest.mark.parametrize("what", ["unpin", "same content", "replace"])
+    def test_nothing_comes_between_the_pool_and_the_name(self, what):
+        """Another thread acts when the copy is there, just before the lock is taken."""
+        host = host_with({"a": 1})
+        stage = host.manager._stage
+
+        def interrupted(version, adapter):
+            staged = stage(version, adapter)
+            if what == "unpin":
+                host.manager.unpin("a")
+            else:
+                name = "a" if what == "replace" else "b"
+                host.manager.load(name, "/a", replace=True)
+            return staged
+
+        host.manager._stage = interrupted
+        host.manager.pin("a")
+        assert host.manager.store["a"].pinned
+        assert not host.cache.make_room(host.pool.capacity)
+        host.manager.check()
+
+    def test_no_room_leaves_no_copy(self):
+        host = host_with({"a": 3}, 6)
+        host.ask(None, 12, 9)
+        for _ in range(4):
+            host.step()
+        with pytest.raises(AdapterError, match=r"no 3 pages|find no room"):
+            host.manager.pin("a")
+        assert not host.manager.loader.has_copies
+
+
+class TestUnload:
+    def test_who_waits_for_it_may_load_others(self):
+        """What waits for an unload runs without the lock: loading several takes threads."""
+        host = host_with({"a": 1})
+        request = host.ask("a", 4, 1)
+        others = {name: host.disk.write(f"/{name}", name, 1) for name in "xyz"}
+        gone = host.manager.unload("a")
+        gone.add_done_callback(lambda _: host.manager.load_all(others))
+        host.abort(request)
+        assert gone.done()
+        assert sorted(host.manager.store) == ["x", "y", "z"]
+
 
 class TestEviction:
     def use(self, host: AdapterHost, name: str) -> None:

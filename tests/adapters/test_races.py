@@ -156,6 +156,7 @@ class AdapterMachine(RuleBasedStateMachine):
         assert all(lost), "a request for the base model was lost"
         for name in list(self.store):
             self.unloading.append((self.manager.unload(name), []))
+        self.manager.store.tell()
         assert all(gone.done() for gone, _ in self.unloading)
         assert self.host.pool.num_free == self.host.pool.capacity, "pages are lost"
         self.host.let_all_come()

@@ -151,7 +151,9 @@ class AdapterHost(Host):
         self.manager.release(request)
 
     def step(self):
-        for adapter_id, error in self.manager.host.poll().items():
+        for adapter_id, error in self.manager.loader.poll().items():
+            if adapter_id in self.cache:
+                continue
             for request in [r for r in self.scheduler.waiting if r.adapter_id == adapter_id]:
                 self.failed.append((request, error))
                 self.abort(request)
@@ -171,6 +173,7 @@ class AdapterHost(Host):
         self.copies.clear()
 
     def check(self) -> None:
+        self.manager.store.tell()
         super().check()
         self.manager.check()
         users = Counter(r.adapter_id for r in self.scheduler.requests if r.adapter_id)

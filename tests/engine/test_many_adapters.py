@@ -264,6 +264,18 @@ class TestAtRunTime:
         with pytest.raises(AdapterError, match="no such directory"):
             engine.rescan_adapters(tmp_path / "nowhere")
 
+    def test_a_rescan_keeps_pins_and_other_names(self, engine, tmp_path):
+        root = tmp_path / "root"
+        engine.load_adapter("prod", write(root / "sql", 1))
+        assert engine.rescan_adapters(root).loaded == ["sql"]
+        engine.pin_adapter("sql")
+        write(root / "sql", 2)
+        found = engine.rescan_adapters(root)
+        assert (found.loaded, found.replaced, found.unloaded) == ([], ["sql"], [])
+        assert sorted(engine.adapters.store) == ["prod", "sql"]
+        assert engine.adapters.store["sql"].pinned
+        assert "sql" in engine.pool_usage()["adapters"]
+
 
 def test_threads(tmp_path):
     """Adapters come, change, are pinned and go in some threads, while requests come in others."""
