@@ -169,23 +169,25 @@ class TestHostMemory:
         assert not host.failed
 
     def test_small_adapters_do_not_starve_a_large_one_of_host_memory(self):
-        names = [f"small-{n}" for n in range(40)]
+        names = [f"small-{n}" for n in range(200)]
         pages = {"large": 3, **dict.fromkeys(names, 2)}
-        host = host_with(pages, staging_pages=8, max_bytes=4 * PAGE_BYTES)
-        for name in ("large", *names):
-            host.manager.host.drop(host.manager.store[name].version.id)
-        coming = iter(names)
-        host.ask(next(coming), 4, 1)
-        host.step()
-        large = host.ask("large", 4, 1)
-        for name in coming:
-            host.ask(name, 4, 1)
-            under_way = len(host.threads.waiting)
-            host.step()
-            for _ in range(under_way):  # a read takes two steps, so that there always is one
-                host.threads.run_one()
+        host = host_with(pages, 30, staging_pages=12, max_bytes=4 * PAGE_BYTES)
+        host.manager.host.drop(host.manager.store["large"].version.id)
+        coming, large, begun = iter(names), None, {}
+        for step in range(60):
+            if step == 3:
+                large = host.ask("large", 1, 1)
+            while len(host.scheduler.waiting) < 8:
+                host.ask(next(coming), 1, 1)
+            # Reads take two steps, the first one three: there always is one, half done.
+            for index in reversed(range(len(host.threads.waiting))):
+                future = host.threads.waiting[index][0]
+                since = begun.setdefault(future, step)
+                if step - since >= (2 if future is next(iter(begun)) else 1):
+                    host.threads.run_one(index)
             for copy in host.copies:
                 copy.done = True
+            host.step()
         assert large not in host.live
 
     @pytest.mark.parametrize("left", ["/1", "/2", "/3"])
