@@ -41,9 +41,9 @@ from slora_jax.scheduling.scheduler import Scheduler
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
 
 # Share of a step for which the host waits for copies to the device, while the device is at work: a
-# copy that is done by then is installed a step earlier. Waiting for as long as the device has work
-# let it run dry: 384 adapters where 96 fit then gave 77 % of the tokens/s that 48 gave, with this
-# share 90 % (7B, H100).
+# copy that is done by then is installed a step earlier. With this share, 384 adapters where 96 fit
+# gave 90 % of the tokens/s that 48 gave; waiting for as long as the device had work, 77 % (7B, on
+# two H100s).
 _PATIENCE = 0.3
 _WAIT_S = 0.1  # at a time, when nothing can run before some adapter has come
 
