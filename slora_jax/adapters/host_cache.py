@@ -7,8 +7,6 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from slora_jax.adapters.peft_config import AdapterError
-
 
 class Sized(Protocol):
     """An adapter in host memory, as far as the budget is concerned."""
@@ -102,7 +100,13 @@ class HostCache[A: Sized]:
             self._reads[adapter_id].wanted = False
 
     def fetch(self, adapter_id: str, nbytes: int, read: Callable[[], A]) -> bool:
-        """Starts to read an adapter, unless it is here or under way; False: no room now."""
+        """Starts to read an adapter, unless it is here or under way; False: no room now.
+
+        Args:
+            adapter_id: the adapter.
+            nbytes: that it takes.
+            read: gives it and no other, or raises.
+        """
         if adapter_id in self._adapters:
             return True
         if adapter_id in self._reads:
@@ -124,17 +128,11 @@ class HostCache[A: Sized]:
                 continue  # or it has come some other way
             error = read.future.exception()
             if error is None:
-                adapter = read.future.result()
-                if adapter.id == adapter_id:
-                    self.put(adapter)
-                    continue
-                error = AdapterError(
-                    f"{adapter.path}: the files have changed since they were loaded. Load the "
-                    "adapter again, in place of the old one"
-                )
-            if not isinstance(error, Exception):
+                self.put(read.future.result())
+            elif isinstance(error, Exception):
+                failed[adapter_id] = error
+            else:
                 raise error
-            failed[adapter_id] = error
         return failed
 
     def _make_room(self, nbytes: int, kept: Collection[str] | None = None) -> bool:

@@ -26,11 +26,12 @@ class Staged(Protocol):
 
     def is_ready(self) -> bool: ...
 
+    def wait(self) -> None: ...
+
 
 @dataclass(slots=True)
 class _Copy[S: Staged]:
     staged: S
-    pages: int
     ready: bool = False
 
 
@@ -104,9 +105,9 @@ class AdapterLoader[S: Staged]:
 
     # For the engine
 
-    def put(self, version: AdapterVersion, staged: S) -> None:
+    def put(self, adapter_id: str, staged: S) -> None:
         """Takes a copy that somebody else has started."""
-        self._copies[version.id] = _Copy(staged, version.num_pages)
+        self._copies[adapter_id] = _Copy(staged)
 
     @property
     def is_reading(self) -> bool:
@@ -182,7 +183,7 @@ class AdapterLoader[S: Staged]:
         except RuntimeError as error:  # out of the device's memory: nothing was changed
             self._failed[version.id] = error
             return True
-        self._copies[version.id] = _Copy(staged, version.num_pages)
+        self._copies[version.id] = _Copy(staged)
         self.num_copies += 1
         return True
 

@@ -14,21 +14,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from slora_jax.adapters.host_cache import HostCache
-from slora_jax.adapters.loader import AdapterLoader
+from slora_jax.adapters.loader import AdapterLoader, Staged
 from slora_jax.adapters.peft import CONFIG_FILE, AdapterError
 from slora_jax.adapters.reader import HostAdapter, signature_of
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 from slora_jax.core import Install, Request
 from slora_jax.pool.allocator import PagePool
-
-
-class Staged(Protocol):
-    """An adapter on its way to the device."""
-
-    def is_ready(self) -> bool: ...
-
-    def wait(self) -> None: ...
 
 
 class Device[S: Staged](Protocol):
@@ -157,10 +149,10 @@ class AdapterManager[S: Staged]:
         result = Rescan()
         for name in sorted(own.keys() - there.keys()):
             with self._lock:
-                still = name in self.store and self.store[name].path == own[name].path
-            if still:
-                self.unload(name)
-                result.unloaded.append(name)
+                if name in self.store and self.store[name].path == own[name].path:
+                    self._unbind(name)
+                    result.unloaded.append(name)
+        self.store.tell()
         for name in there.keys() & (bound.keys() - own.keys()):
             result.failed[name] = f"the adapter {name!r} has been loaded from {bound[name].path}"
         changed = {
@@ -204,9 +196,7 @@ class AdapterManager[S: Staged]:
     def unload(self, name: str) -> Future[None]:
         """See `Engine.unload_adapter`."""
         with self._lock:
-            version = self.store.find(name).version
-            gone = self.store.unbind(name)
-            self._follow_names(version)
+            gone = self._unbind(name)
         self.store.tell()
         return gone
 
@@ -304,6 +294,12 @@ class AdapterManager[S: Staged]:
             self.cache.unpin(version.id)
         self.host.keep(version.id, not version.names)
 
+    def _unbind(self, name: str) -> Future[None]:
+        version = self.store.find(name).version
+        gone = self.store.unbind(name)
+        self._follow_names(version)
+        return gone
+
     def _let_go(self, version: AdapterVersion) -> None:
         """Ends the hold on a version."""
         with self._lock:
@@ -334,7 +330,7 @@ class AdapterManager[S: Staged]:
         if version.id not in self.cache:
             if staged is None:
                 raise AdapterError("the adapter was evicted while it was being pinned: try again")
-            self.loader.put(version, staged)
+            self.loader.put(version.id, staged)
             acquired = self.cache.acquire(version.id)
             if acquired is None:
                 self.loader.discard(version.id)

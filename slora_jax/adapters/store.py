@@ -8,7 +8,7 @@ lives on until the last request that was made with it has ended.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -158,8 +158,7 @@ class AdapterStore:
         return gone
 
     def set_pinned(self, name: str, pinned: bool) -> None:
-        old = self._names[name]
-        self._names[name] = Binding(old.version, old.path, old.signature, pinned)
+        self._names[name] = replace(self._names[name], pinned=pinned)
 
     def is_pinned(self, version: AdapterVersion) -> bool:
         """Whether some name wants it to stay in the pool."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from slora_jax.adapters.peft import AdapterError
+from slora_jax.scheduling.options import POLICIES
 from tests.adapters.world import PAGE_BYTES, AdapterHost
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
@@ -29,7 +30,7 @@ class AdapterMachine(RuleBasedStateMachine):
         staging=st.integers(MOST_PAGES, 6),
         host=st.integers(MOST_PAGES, 9),
         most=st.none() | FEW,
-        policy=st.sampled_from(["fcfs", "lcfs", "cluster", "vtc", "priority"]),
+        policy=st.sampled_from(POLICIES),
         ahead=FEW,
     )
     def start(self, capacity, page_size, rows, slots, staging, host, most, policy, ahead):
