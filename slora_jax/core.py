@@ -182,6 +182,7 @@ class Request:
     max_output: int = 16
     priority: int = 0  # lower goes first
     arrival: float = 0.0  # seconds on the scheduler's clock; it sets this
+    admitted: float | None = None  # when it first got a place in the batch, on the same clock
     overtaken: int = 0  # requests admitted past this one while it waited in vain
     output: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are in pages, once dispatched steps end
@@ -189,6 +190,11 @@ class Request:
     pages: list[int] = field(default_factory=list)
     slot: int | None = None  # line of the device's page table; None while waiting
     num_preemptions: int = 0
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long it waited for its first place in the batch; None: it still does."""
+        return None if self.admitted is None else self.admitted - self.arrival
 
     @property
     def num_output(self) -> int:
@@ -288,6 +294,7 @@ class RequestOutput:
     stop_reason: int | str | None = None
     logprobs: list[PositionLogprobs] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # the first position has none
+    queue_seconds: float | None = None  # before it first ran
 
     @property
     def finished(self) -> bool:

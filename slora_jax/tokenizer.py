@@ -8,6 +8,7 @@ tokenizer. The engine itself works on token ids and needs none of this.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,24 +79,47 @@ class Tokenizer:
         # verbose: the engine checks the length itself, and says so in its own words.
         return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's reply begins.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: end where the assistant's reply begins.
+            continue_final_message: end inside the last message.
+            add_special_tokens: in addition to those that the template writes.
+            variables: further ones for the template.
 
         Raises:
-            TokenizerError: the tokenizer has no chat template, or the template refuses `messages`.
+            TokenizerError: the tokenizer has no chat template, or the template refuses this.
         """
         if not self._inner.chat_template:
             raise TokenizerError(
                 "this model's tokenizer has no chat template; send a plain prompt to the "
                 "completions API, or serve an instruction-tuned model"
             )
+        variables = variables or {}
+        taken = variables.keys() & signature(self._inner.apply_chat_template).parameters.keys()
+        if taken:
+            raise TokenizerError(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}")
         try:
             text = self._inner.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
             )
         except Exception as error:  # a template is a program: anything may go wrong in it
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
-        return self.encode(str(text), add_special_tokens=False)  # templates write them out
+        return self.encode(str(text), add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""

@@ -8,6 +8,7 @@ itself, without waiting for steps that used it.
 
 import concurrent.futures
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from slora_jax.adapters.peft_config import AdapterError
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 
 _POLL_S = 50e-6
+_REMEMBERED = 4096  # load times, if nobody takes them
 _DISK_COST = 10.0  # bringing a page back from the disk, in copies of a page from host memory
 
 
@@ -62,6 +64,8 @@ class AdapterLoader[S: Staged]:
         self._copies: dict[str, _Copy[S]] = {}
         self._taken: dict[str, S] = {}  # the scheduler counts on these
         self._failed: dict[str, Exception] = {}
+        self._wanted_since: dict[str, float] = {}  # of those that are not ready
+        self._load_seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self.num_copies = 0
 
     # For the scheduler
@@ -70,11 +74,14 @@ class AdapterLoader[S: Staged]:
         copy = self._copies.get(adapter_id)
         if copy is not None and not copy.ready:
             copy.ready = copy.staged.is_ready()
+            if copy.ready and adapter_id in self._wanted_since:
+                waited = time.monotonic() - self._wanted_since.pop(adapter_id)
+                self._load_seconds.append(waited)
         return copy is not None and copy.ready
 
     def want(self, adapter_ids: Sequence[str]) -> None:
         """Copies, or reads, as many of these as staging holds, and drops what is not among them."""
-        if not adapter_ids and not self._copies:
+        if not adapter_ids and not self._copies and not self._wanted_since:
             return
         wanted, pages = [], 0
         for adapter_id in adapter_ids:
@@ -85,6 +92,10 @@ class AdapterLoader[S: Staged]:
             wanted.append(version)
         ids = {version.id for version in wanted}
         self._copies = {name: copy for name, copy in self._copies.items() if name in ids}
+        now = time.monotonic()
+        self._wanted_since = {
+            one: self._wanted_since.get(one, now) for one in ids if not self.is_ready(one)
+        }
         # First what host memory has: a read may take its place there.
         for version in [version for version in wanted if not self._copy_from_host(version)]:
             if not self._fetch(version):
@@ -104,6 +115,12 @@ class AdapterLoader[S: Staged]:
         return self._taken.pop(adapter_id)
 
     # For the engine
+
+    def take_load_seconds(self) -> list[float]:
+        """Times from when an adapter was wanted until it was ready, since the last call."""
+        taken = list(self._load_seconds)
+        self._load_seconds.clear()
+        return taken
 
     def put(self, adapter_id: str, staged: S) -> None:
         """Takes a copy that somebody else has started."""

@@ -21,6 +21,7 @@ from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 from slora_jax.core import Install, Request
 from slora_jax.pool.allocator import PagePool
+from slora_jax.stats import AdapterStats
 
 
 class Device[S: Staged](Protocol):
@@ -28,6 +29,10 @@ class Device[S: Staged](Protocol):
 
     def stage(self, adapter: HostAdapter) -> S:
         """Starts a copy to the device, and does not wait for it."""
+        ...
+
+    def expect(self, adapter: HostAdapter) -> None:
+        """Prepares for an adapter that has been loaded."""
         ...
 
     def install(self, install: Install, staged: S) -> None:
@@ -126,6 +131,7 @@ class AdapterManager[S: Staged]:
                     before = self.store[name].version if name in self.store else None
                     self.store.bind(name, adapter, pinned=pinned)
                     self._follow_names(before)
+                    self._device.expect(adapter)
                     self.host.put(adapter)  # after that: the one before may be kept instead
         finally:
             self._let_go(version)
@@ -229,12 +235,21 @@ class AdapterManager[S: Staged]:
     def rank_of(self, adapter_id: str) -> int:
         return self.store.version(adapter_id).rank
 
-    def resident_pages(self) -> dict[str, int]:
-        """Pages of each adapter in the pool, by its names, or by its id if it has lost them."""
-        return {
-            ", ".join(sorted(self.store.version(one).names)) or one: len(resident.pages)
-            for one, resident in self.cache.residents.items()
-        }
+    def residents(self) -> tuple[AdapterStats, ...]:
+        """The adapters in the pool, least recently used first."""
+        found = []
+        for one, resident in self.cache.residents.items():
+            version = self.store.version(one)
+            found.append(
+                AdapterStats(
+                    names=tuple(sorted(version.names)) or (one,),
+                    pages=len(resident.pages),
+                    rank=version.rank,
+                    users=resident.users,
+                    pinned=resident.pinned,
+                )
+            )
+        return tuple(found)
 
     # Inside
 

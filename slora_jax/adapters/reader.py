@@ -13,7 +13,7 @@ from jaxtyping import Array
 from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.pack import PackedAdapter, pack
 from slora_jax.adapters.peft import AdapterError, files_of, read_adapter
-from slora_jax.config import ModelConfig
+from slora_jax.config import LAYER_MODULES, ModelConfig
 from slora_jax.model.checkpoint import Checkpoint
 
 CHUNKS = (8, 4, 2, 1)  # pages that are copied and installed at a time: a program for each
@@ -46,6 +46,19 @@ class HostAdapter:
     @property
     def nbytes(self) -> int:
         return sum(chunk.nbytes for chunk in self.chunks)
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Modules of layers that it adapts."""
+        rank, _, _ = self.tables
+        adapted = rank[:-1].any(axis=0)
+        return frozenset(name for name, yes in zip(LAYER_MODULES, adapted, strict=True) if yes)
+
+    @property
+    def has_outer(self) -> bool:
+        """Whether it adapts the embedding or the head."""
+        rank, _, _ = self.tables
+        return bool(rank[-1].any())
 
 
 def signature_of(directory: Path) -> Signature:

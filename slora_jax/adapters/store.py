@@ -30,6 +30,8 @@ class Read(Protocol):
     def num_pages(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def has_outer(self) -> bool: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,7 @@ class AdapterVersion:
         rank: the largest of any module.
         num_pages: in the pool.
         nbytes: in host memory.
+        has_outer: whether they adapt the embedding or the head.
         names: that stand for it.
         users: requests in progress, and others who need it for a moment.
         gone: callers of `unbind` who want to know when it is freed.
@@ -52,6 +55,7 @@ class AdapterVersion:
     rank: int
     num_pages: int
     nbytes: int
+    has_outer: bool
     names: set[str] = field(default_factory=set)
     users: int = 0
     gone: list[Future[None]] = field(default_factory=list)
@@ -190,7 +194,7 @@ class AdapterStore:
         """The version of what was read, held as by a request: `release` it."""
         version = self._versions.get(adapter.id)
         if version is None:
-            known = adapter.rank, adapter.num_pages, adapter.nbytes
+            known = adapter.rank, adapter.num_pages, adapter.nbytes, adapter.has_outer
             version = AdapterVersion(adapter.id, adapter.path, *known)
             self._versions[adapter.id] = version
         version.path = adapter.path

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-_SUMMARIES = {
-    "demo": "serve the adapters that come with this package, all in one batch",
-    "generate": "serve a file of completion requests",
-    "simulate": "compare scheduling policies on a simulated device",
+# Each command's module and what it does. The server's stands above this package, which does not
+# import it: the module is loaded by name when the command is asked for.
+_COMMANDS = {
+    "demo": (f"{__name__}.demo", "serve the adapters of this package, all in one batch"),
+    "generate": (f"{__name__}.generate", "serve a file of completion requests"),
+    "serve": ("server.command", "serve HTTP: OpenAI's API, metrics, and a page to try it"),
+    "simulate": (f"{__name__}.simulate", "compare scheduling policies on a simulated device"),
 }
 
 
@@ -41,10 +44,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="slora", description="Serve one base Llama and many LoRA adapters from one page pool."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in _SUMMARIES.items():
+    for name, (path, summary) in _COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=summary)
         if name in argv[:1]:
-            module = import_module(f"{__name__}.{name}")
+            module = import_module(path)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser

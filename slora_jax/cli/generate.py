@@ -8,6 +8,7 @@ soon as all before them are, so that a file may be of any length.
 import argparse
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,12 +34,9 @@ from slora_jax.cli.options import (
     start_engine,
 )
 from slora_jax.core import RequestError, RequestOutput
-from slora_jax.openai.completions import (
-    CompletionRequest,
-    CompletionResponse,
-    completion_response,
-)
-from slora_jax.openai.errors import ErrorResponse, error_of, find_adapter, parse_body
+from slora_jax.openai.completions import CompletionReply, CompletionRequest, CompletionResponse
+from slora_jax.openai.errors import ErrorResponse, error_of, parse_body
+from slora_jax.openai.selection import find_adapters
 from slora_jax.openai.tokens import TokenTexts
 
 if TYPE_CHECKING:
@@ -172,8 +170,9 @@ class Batch:
     def _add_requests(self, line: _Line, request: CompletionRequest) -> None:
         if request.stream:
             raise RequestError("stream is not supported: a file has no streams", "stream")
-        adapter = find_adapter(request.model, self._base_names, self._engine.adapters.store)
-        for prompt in request.prompts:
+        prompts, store = request.prompts, self._engine.adapters.store
+        adapters = find_adapters(request, self._base_names, store)
+        for prompt, adapter in zip(prompts, adapters, strict=True):
             if isinstance(prompt, str) and self._engine.tokenizer is not None:
                 prompt = self._engine.tokenizer.encode(prompt, request.add_special_tokens)
             for choice in range(request.n):
@@ -198,7 +197,8 @@ class Batch:
             if errors:
                 line.result = ErrorResponse.of(errors[0])
             else:
-                line.result = completion_response(line.request, outputs, self._texts)
+                reply = CompletionReply(line.request, uuid.uuid4().hex, self._texts)
+                line.result = reply.response(outputs)
 
     def _take_finished(self) -> Iterator[CompletionResponse | ErrorResponse]:
         while self._lines and (result := self._lines[0].result) is not None:

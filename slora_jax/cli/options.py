@@ -2,7 +2,7 @@
 """The options that all commands share: the model, its adapters, and the engine's settings."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -56,11 +56,20 @@ _ENGINE_HELP: Mapping[str, str] = {
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model` and what it and its adapters are called."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds `--model` and what it and its adapters are called.
+
+    Args:
+        parser: of a command.
+        required: whether there must be a model; else the shipped one is the default.
+    """
     group = parser.add_argument_group("model and adapters")
+    text = "Hugging Face directory of the base model"
     group.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face directory of the base model"
+        "--model",
+        required=required,
+        metavar="DIR",
+        help=text if required else f"{text} (default: the shipped one, with its adapters)",
     )
     group.add_argument(
         "--served-model-name",
@@ -155,8 +164,19 @@ def adapter_dirs(args: argparse.Namespace) -> dict[str, Path]:
                 f"--lora-dir {args.lora_dir}: no directory in it has an adapter_config.json"
             )
         named += [(config.parent.name, config.parent) for config in configs]
+    return check_adapter_names(args, named)
+
+
+def check_adapter_names(
+    args: argparse.Namespace, named: Iterable[tuple[str, Path]] | None = None
+) -> dict[str, Path]:
+    """Adapters' directories by name; those of `--lora-modules` if none are given.
+
+    Raises:
+        CommandError: two adapters or one and the base share a name.
+    """
     adapters: dict[str, Path] = {}
-    for name, path in named:
+    for name, path in args.lora_modules if named is None else named:
         if name in base_names(args):
             raise CommandError(
                 f"the adapter {name!r} has the name of the base model: choose another, or another "

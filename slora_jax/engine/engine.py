@@ -32,12 +32,14 @@ from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
 from slora_jax.engine.setup import keep_compiled_programs, page_layout, resolve
 from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages, staging_pages
+from slora_jax.engine.warm_up import warm_up
 from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
 from slora_jax.scheduling.choice import make_policy
 from slora_jax.scheduling.cost_model import CostModel, StepLoad, step_load
 from slora_jax.scheduling.scheduler import Scheduler
+from slora_jax.stats import EngineStats
 from slora_jax.tokenizer import Detokenizer, load_tokenizer
 
 # Share of a step for which the host waits for copies to the device, while the device is at work: a
@@ -130,6 +132,7 @@ class Engine:
         self._pending: _Pending | None = None
         self._step_start = 0.0  # when the device began with the pending step
         self._step_seconds = 0.0  # of the last one
+        self._num_steps = 0
         self._failure: BaseException | None = None
         self._ids = itertools.count()
         self._requests = RequestMaker(self.config, self.options, self.tokenizer, self.adapters)
@@ -354,6 +357,16 @@ class Engine:
                 self.abort(request_id)
         return [finished[request_id] for request_id in ids]
 
+    def warm_up(self, *, progress: bool = False) -> None:
+        """Compiles what requests will need, so that the first ones need not wait for it.
+
+        The engine must be idle, and have loaded the adapters that it will serve most.
+
+        Args:
+            progress: draw a bar on stderr.
+        """
+        warm_up(self, progress=progress)
+
     # Inside
 
     def _step(self) -> list[RequestOutput]:
@@ -391,6 +404,7 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan) -> _Pending:
         result = self.runner.run(plan, self.adapters.loader.taken)
+        self._num_steps += 1
         return _Pending(result, step_load(plan, self.adapters.rank_of))
 
     def _failed_loads(self) -> list[RequestOutput]:
@@ -467,15 +481,42 @@ class Engine:
                 "pages": self.pool.capacity,
                 "page_bytes": self.runner.state.pool.nbytes // self.pool.num_pages,
                 "kv": self.pool.num_used(PageUse.KV),
-                "adapters": self.adapters.resident_pages(),
+                "adapters": {", ".join(one.names): one.pages for one in self.adapters.residents()},
                 "free": self.pool.num_free,
             }
+
+    def stats(self) -> EngineStats:
+        """Requests, pages and adapters now; the times of loads are handed out once."""
+        with self._lock:
+            scheduler, cache = self.scheduler, self.adapters.cache
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                running_adapters=_adapters_of(scheduler.running),
+                waiting_adapters=_adapters_of(scheduler.waiting),
+                pages=self.pool.capacity,
+                kv_pages=self.pool.num_used(PageUse.KV),
+                free_pages=self.pool.num_free,
+                residents=self.adapters.residents(),
+                loaded=len(self.adapters.store),
+                in_host_memory=len(self.adapters.host),
+                hits=cache.num_hits,
+                misses=cache.num_misses,
+                evictions=cache.num_evictions,
+                preemptions=scheduler.num_preemptions,
+                steps=self._num_steps,
+                load_seconds=tuple(self.adapters.loader.take_load_seconds()),
+            )
 
     def check(self) -> None:
         """Raises AssertionError if a page, a slot or an adapter is lost or shared by mistake."""
         with self._lock:
             self.scheduler.check(self.options.max_num_seqs, self.options.max_loras)
             self.adapters.check()
+
+
+def _adapters_of(requests: Iterable[Request]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(r.adapter for r in requests if r.adapter is not None))
 
 
 def _adapter_reader(engine: Engine, model_dir: Path) -> AdapterReader:

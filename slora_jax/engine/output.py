@@ -118,6 +118,7 @@ class RequestProgress:
             stop_reason=stop_reason,
             logprobs=_copy(self._logprobs),
             prompt_logprobs=_copy(self._prompt_logprobs),
+            queue_seconds=request.queue_seconds,
         )
 
 

@@ -46,6 +46,16 @@ class Buckets:
         return self._mixed(next(n for n in self._tokens if n >= plan.num_tokens))
 
     @property
+    def decode_sizes(self) -> list[int]:
+        """Rows of decode steps, ascending."""
+        return list(self._rows)
+
+    @property
+    def mixed_sizes(self) -> list[int]:
+        """Tokens of steps with prompts, ascending."""
+        return list(self._tokens)
+
+    @property
     def largest(self) -> Bucket:
         return self._mixed(self._tokens[-1])
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.reader import CHUNKS, HostAdapter
-from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
+from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import Install, Request, StepPlan
 from slora_jax.engine import programs
 from slora_jax.engine.packing import (
@@ -96,7 +97,10 @@ class ModelRunner:
         self._weights = weights
         self._options = options
         self._staging = SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-        self.state = new_state(config, options, layout, weights.embed_tokens.dtype)
+        # Committed to the device from the start, as all that a step returns once an adapter has
+        # been installed: JAX would compile every step again when that changes.
+        fresh = partial(new_state, config, options, layout, weights.embed_tokens.dtype)
+        self.state = jax.jit(fresh, out_shardings=self._staging)()
         self._counts: TokenCounts | None = None  # made when the first request has penalties
         self._vocab = config.vocab_size
         self._shape = StepShape(
@@ -108,8 +112,8 @@ class ModelRunner:
             layout,
             backend=resolved_backend(options),
         )
-        self._adapted: frozenset[str] = frozenset()  # modules that some adapter so far has had
-        self._buckets = buckets_of(options)
+        self._adapted: frozenset[str] = frozenset()  # modules that some adapter has, or has had
+        self.buckets = buckets_of(options)
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
         self._compiled: set[str] = set()
         self._compile_installs()
@@ -129,7 +133,7 @@ class ModelRunner:
         lora_mode = self._lora_mode(plan)
         shape = replace(
             self._shape,
-            bucket=self._buckets.of(plan),
+            bucket=self.buckets.of(plan),
             decode=plan.decode_only,
             lora_mode=lora_mode,
             adapted=frozenset() if lora_mode == "none" else self._adapted,
@@ -157,13 +161,15 @@ class ModelRunner:
         host comes behind it, so one of them may begin later by what the copy takes: 0.6 ms for
         32 MiB on an H100.
         """
-        rank, _, _ = adapter.tables
-        adapted = rank[:-1].any(axis=0)
         return StagedAdapter(
             *jax.device_put((adapter.chunks, adapter.tables), self._staging),
-            adapted=frozenset(n for n, yes in zip(LAYER_MODULES, adapted, strict=True) if yes),
-            has_outer=bool(rank[-1].any()),
+            adapted=adapter.adapted,
+            has_outer=adapter.has_outer,
         )
+
+    def expect(self, adapter: HostAdapter) -> None:
+        """Has steps compiled for its modules from now on, not only once it is in the pool."""
+        self._adapted |= adapter.adapted
 
     def install(self, install: Install, staged: StagedAdapter) -> None:
         """Writes an adapter into its pages, and its lines into the tables, before the next step."""
@@ -186,7 +192,8 @@ class ModelRunner:
         """Writes zeros over zeros, so that no running request waits for a compilation."""
         pool = self.state.pool
         for size in CHUNKS:
-            nothing = jnp.zeros((size, pool.shape[0], pool.shape[2]), pool.dtype)
+            shape = size, pool.shape[0], pool.shape[2]
+            nothing = jnp.zeros(shape, pool.dtype, device=self._staging)
             pool = programs.install_pages(pool, np.full(size, RESERVED_PAGE, np.int32), nothing)
         tables = self.state.tables
         line = (x[0] for x in (tables.rank, tables.first_tile, tables.scale))
@@ -274,7 +281,8 @@ class ModelRunner:
     def _start_counting(self, request: Request) -> None:
         """Puts a request's prompt and output so far into its slot's counts."""
         if self._counts is None:
-            self._counts = TokenCounts.zeros(self._options.max_num_seqs, self._vocab)
+            counts = TokenCounts.zeros(self._options.max_num_seqs, self._vocab)
+            self._counts = jax.device_put(counts, self._staging)
         output = np.bincount(request.output, minlength=self._vocab).astype(np.int32)
         in_prompt = np.bincount(request.prompt, minlength=self._vocab) > 0
         self._counts = programs.reset_counts(self._counts, request.slot, output, in_prompt)

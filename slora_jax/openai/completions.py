@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`/v1/completions`: the request, the response, and the way from one to the other."""
+"""`/v1/completions`: the request, the response whole or in chunks, and the way to them."""
 
 import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self, cast
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slora_jax.core import (
-    FinishReason,
-    Logprob,
-    PositionLogprobs,
-    RequestError,
-    RequestOutput,
-    SamplingParams,
+from slora_jax.core import FinishReason, RequestError, RequestOutput
+from slora_jax.openai.generation import GenerationRequest, Int64
+from slora_jax.openai.logprobs import (
+    CompletionLogprobs,
+    PromptLogprobs,
+    completion_logprobs,
+    completion_offsets,
+    prompt_logprobs,
 )
-from slora_jax.openai.sampling import SamplingFields
-from slora_jax.openai.tokens import TokenTexts
-
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
+from slora_jax.openai.replies import Tokens, Usage, as_one_piece, without_generated
+from slora_jax.openai.tokens import TokenOffsets, TokenTexts
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(GenerationRequest):
     """The body of a `/v1/completions` request.
 
     Attributes:
@@ -32,25 +29,22 @@ class CompletionRequest(SamplingFields):
         logprobs: of that many most likely tokens at each position, -1 for all; the prompt's
             positions included with `echo`.
         prompt_logprobs: the same for the prompt, in vLLM's shape.
-        request_id: becomes part of the response's id.
-        priority: lower goes first, under the scheduling policy "priority".
-        return_tokens_as_token_ids: name tokens `token_id:N` in `logprobs`.
     """
 
-    model: str
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "upper", "prompt": "hello reader", "max_tokens": 32}]
+        }
+    )
+
+    prompt: str | list[Int64] | list[str] | list[list[Int64]] = Field(
         description="a string, a list of token ids, or a list of either"
     )
-    max_tokens: int | None = 16
+    max_tokens: Int64 | None = 16
     best_of: int | None = None
     echo: bool = False
-    stream: bool = False
-    logprobs: int | None = None
+    logprobs: Int64 | None = None
     add_special_tokens: bool = True
-    request_id: str | None = None
-    priority: int = 0
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
@@ -66,21 +60,20 @@ class CompletionRequest(SamplingFields):
         return list(cast(list[str] | list[list[int]], self.prompt))
 
     @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
+
+    @property
     def scores_only(self) -> bool:
         return self.echo and self.max_tokens == 0
 
-    def sampling_params(self, choice: int = 0) -> SamplingParams:
-        """What the engine is asked for the `choice`-th answer to a prompt.
-
-        Raises:
-            RequestError: a value is out of its range.
-        """
+    def _overrides(self) -> dict[str, Any]:
         overrides: dict[str, Any] = {}
         if self.scores_only:  # the engine samples at least one token, which nobody gets to see
             overrides = {"max_tokens": 1, "min_tokens": 0}
         if self.echo:
             overrides["prompt_logprobs"] = _most(self.logprobs, self.prompt_logprobs)
-        return self._sampling_params(choice, **overrides)
+        return overrides
 
 
 def _most(*asked: int | None) -> int | None:
@@ -89,187 +82,149 @@ def _most(*asked: int | None) -> int | None:
     return -1 if -1 in numbers else max(numbers, default=None)
 
 
-class CompletionLogprobs(BaseModel):
-    """OpenAI's shape: one entry a position in each list; null for the prompt's first token.
-
-    Attributes:
-        text_offset: where the token's text begins in the choice's text, in characters.
-        top_logprobs: the most likely tokens, and the one that is there. `TokenTexts.names` says
-            what tokens are called.
-    """
-
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class PromptLogprob(BaseModel):
-    """One candidate for a position of the prompt, in vLLM's shape."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None
-
-
 class CompletionChoice(BaseModel):
-    """One answer to one prompt. The last three are absent unless they were asked for."""
+    """One answer to one prompt, or a piece of it: then its `finish_reason` is null until the last.
+
+    The last three fields are absent unless they were asked for; those of the prompt come with the
+    first piece.
+    """
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     stop_reason: int | str | None
-    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
 
 
-class Usage(BaseModel):
-    """Tokens in and out. A prompt counts once, however many choices it has."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionResponse(BaseModel):
-    """The body of a response."""
-
+class _CompletionBody(BaseModel):
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage
 
     def to_json(self) -> str:
         """Without the fields that were not asked for."""
         return self.model_dump_json(exclude_unset=True)
 
 
-def completion_response(
-    request: CompletionRequest, outputs: Sequence[RequestOutput], texts: TokenTexts
-) -> CompletionResponse:
-    """The response to a request whose choices are all finished.
+class CompletionResponse(_CompletionBody):
+    """The body of a response."""
+
+    usage: Usage
+
+
+class CompletionChunk(_CompletionBody):
+    """One event of a stream: new text of one choice, or at the end the usage and no choice."""
+
+    usage: Usage | None = None
+
+
+class CompletionReply:
+    """Writes the response to one request, whole or in chunks.
 
     Args:
         request: what was asked.
-        outputs: prompt by prompt, `n` of each, as made with `request.sampling_params(choice)`.
+        response_id: becomes part of the response's id.
         texts: of the model's tokens.
     """
-    if request.scores_only:
-        outputs = [_without_generated(output) for output in outputs]
-    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs[:: request.n])
-    completion_tokens = sum(len(output.token_ids) for output in outputs)
-    return CompletionResponse(
-        id=f"cmpl-{request.request_id or uuid.uuid4().hex}",
-        object="text_completion",
-        created=int(time.time()),
-        model=request.model,
-        choices=[_choice(request, i, output, texts) for i, output in enumerate(outputs)],
-        usage=Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-        ),
-    )
 
-
-def _without_generated(output: RequestOutput) -> RequestOutput:
-    logprobs = None if output.logprobs is None else []
-    return replace(
-        output,
-        token_ids=[],
-        text="",
-        logprobs=logprobs,
-        finish_reason=FinishReason.LENGTH,
-        stop_reason=None,
-    )
-
-
-def _choice(
-    request: CompletionRequest, index: int, output: RequestOutput, texts: TokenTexts
-) -> CompletionChoice:
-    assert output.finish_reason is not None
-    echoed = _echoed_text(request, index, output, texts) if request.echo else ""
-    extras: dict[str, Any] = {}
-    if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
-        extras["prompt_logprobs"] = _prompt_logprobs(request.prompt_logprobs, output, texts)
-    if request.return_token_ids:
-        extras["prompt_token_ids"] = output.prompt_token_ids
-        extras["token_ids"] = output.token_ids
-    return CompletionChoice(
-        index=index,
-        text=echoed + output.text,
-        logprobs=_logprobs(request, output, echoed, texts),
-        finish_reason=output.finish_reason,
-        stop_reason=output.stop_reason,
-        **extras,
-    )
-
-
-def _echoed_text(
-    request: CompletionRequest, index: int, output: RequestOutput, texts: TokenTexts
-) -> str:
-    prompt = request.prompts[index // request.n]
-    if isinstance(prompt, str):
-        return prompt
-    return texts.decode(prompt, skip_special_tokens=request.skip_special_tokens)
-
-
-def _logprobs(
-    request: CompletionRequest, output: RequestOutput, echoed: str, texts: TokenTexts
-) -> CompletionLogprobs | None:
-    """Of the output, and with `echo` of the prompt before it."""
-    if request.logprobs is None:
-        return None
-    prompt, skip = output.prompt_token_ids, request.skip_special_tokens
-    tokens, positions = list(output.token_ids), list(output.logprobs or [])
-    offsets = [
-        len(echoed) + min(offset, len(output.text))  # a stop string has cut the text
-        for offset in texts.offsets(tokens, prompt, skip_special_tokens=skip)
-    ]
-    if request.echo:
-        before = texts.offsets(prompt, [], skip_special_tokens=skip)
-        offsets = [min(offset, len(echoed)) for offset in before] + offsets
-        tokens = prompt + tokens
-        positions = [*(output.prompt_logprobs or []), *positions]
-    found = CompletionLogprobs(text_offset=offsets, token_logprobs=[], tokens=[], top_logprobs=[])
-    for token, position in zip(tokens, positions, strict=True):
-        shown = _shown(position or {}, token, request.logprobs)
-        names = texts.names([token, *shown], request.return_tokens_as_token_ids)
-        values = {names[candidate]: _finite(entry) for candidate, entry in shown.items()}
-        found.tokens.append(names[token])
-        found.token_logprobs.append(values.get(names[token]))
-        found.top_logprobs.append(values or None)
-    return found
-
-
-def _prompt_logprobs(
-    k: int, output: RequestOutput, texts: TokenTexts
-) -> list[dict[int, PromptLogprob] | None]:
-    def entries(position: PositionLogprobs, token: int) -> dict[int, PromptLogprob]:
-        return {
-            candidate: PromptLogprob(
-                logprob=_finite(entry), rank=entry.rank, decoded_token=texts.text(candidate)
-            )
-            for candidate, entry in _shown(position, token, k).items()
+    def __init__(self, request: CompletionRequest, response_id: str, texts: TokenTexts) -> None:
+        self._request = request
+        self._texts = texts
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{request.request_id or response_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
         }
+        self._tokens = Tokens(request.n)
+        self._echoed: dict[int, str] = {}  # by choice, of those that have begun
+        self._offsets: dict[int, TokenOffsets] = {}  # the same, if there are log-probabilities
 
-    positions = output.prompt_logprobs or []
-    return [
-        None if position is None else entries(position, token)
-        for token, position in zip(output.prompt_token_ids, positions, strict=True)
-    ]
+    def response(self, outputs: Sequence[RequestOutput]) -> CompletionResponse:
+        """The response once all choices are finished: prompt by prompt, `n` of each."""
+        choices = [self._choice(i, output) for i, output in enumerate(as_one_piece(outputs))]
+        return CompletionResponse(**self._head, choices=choices, usage=self._tokens.usage())
 
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[CompletionChunk]:
+        """What is new of a choice."""
+        choice = self._choice(index, output)
+        if self._request.includes_continuous_usage:
+            usage = self._tokens.usage(index)
+            yield CompletionChunk(**self._head, choices=[choice], usage=usage)
+        else:
+            yield CompletionChunk(**self._head, choices=[choice])
 
-def _shown(position: PositionLogprobs, token: int, k: int) -> Mapping[int, Logprob]:
-    """The `k` most likely candidates and `token`: the engine may have been asked for more."""
-    if k == -1:
-        return position
-    return {i: entry for i, entry in position.items() if entry.rank <= k or i == token}
+    def usage_chunk(self) -> CompletionChunk:
+        """The last event of a stream that was asked for its usage."""
+        return CompletionChunk(**self._head, choices=[], usage=self._tokens.usage())
 
+    def _choice(self, index: int, output: RequestOutput) -> CompletionChoice:
+        request = self._request
+        if request.scores_only:
+            output = without_generated(output)
+        self._tokens.count(index, output)
+        begins = index not in self._echoed
+        if begins:
+            self._echoed[index] = self._echo(index, output)
+            if request.logprobs is not None:
+                self._offsets[index] = self._offsets_after(output.prompt_token_ids)
+        extras: dict[str, Any] = {}
+        if begins and request.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = prompt_logprobs(
+                request.prompt_logprobs, output, self._texts
+            )
+        if request.return_token_ids:
+            extras |= {"prompt_token_ids": output.prompt_token_ids} if begins else {}
+            extras["token_ids"] = output.new_token_ids
+        return CompletionChoice(
+            index=index,
+            text=(self._echoed[index] if begins else "") + output.new_text,
+            logprobs=self._logprobs(index, output, begins),
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            **extras,
+        )
 
-def _finite(entry: Logprob) -> float:
-    return max(entry.logprob, _LEAST_LOGPROB)
+    def _echo(self, index: int, output: RequestOutput) -> str:
+        if not self._request.echo:
+            return ""
+        prompt = self._request.prompts[index // self._request.n]
+        if isinstance(prompt, str):
+            return prompt
+        skip = self._request.skip_special_tokens
+        return self._texts.decode(output.prompt_token_ids, skip_special_tokens=skip)
+
+    def _offsets_after(self, context: Sequence[int]) -> TokenOffsets:
+        skip = self._request.skip_special_tokens
+        return TokenOffsets(self._texts, context, skip_special_tokens=skip)
+
+    def _logprobs(
+        self, index: int, output: RequestOutput, begins: bool
+    ) -> CompletionLogprobs | None:
+        """Of the new tokens, and with `echo` of the prompt before the first ones."""
+        request, echoed = self._request, self._echoed[index]
+        if request.logprobs is None:
+            return None
+        tokens = list(output.new_token_ids)
+        first = len(output.token_ids) - len(tokens)
+        positions = list[Any]((output.logprobs or [])[first:])
+        offsets = list(completion_offsets(output, self._offsets[index], len(echoed)))
+        if request.echo and begins:
+            prompt = output.prompt_token_ids
+            before = self._offsets_after([]).append(prompt)
+            offsets = [min(offset, len(echoed)) for offset in before] + offsets
+            positions = [*(output.prompt_logprobs or []), *positions]
+            tokens = prompt + tokens
+        return completion_logprobs(
+            tokens,
+            positions,
+            offsets,
+            request.logprobs,
+            self._texts,
+            as_ids=request.return_tokens_as_token_ids,
+        )

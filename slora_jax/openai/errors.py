@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error objects in OpenAI's shape, and JSON bodies that are checked against a model."""
 
-from collections.abc import Container
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -9,10 +10,10 @@ from slora_jax.core import FinishReason, OverloadedError, RequestError, RequestO
 
 
 class UnknownModelError(RequestError):
-    """`model` is neither the base model's name nor an adapter's."""
+    """A name that is neither the base model's nor an adapter's."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model `{model}` does not exist.", "model")
+    def __init__(self, model: str, param: str = "model") -> None:
+        super().__init__(f"The model `{model}` does not exist.", param)
 
 
 class ErrorInfo(BaseModel):
@@ -52,19 +53,6 @@ def error_of(output: RequestOutput) -> RequestError | None:
     return None
 
 
-def find_adapter(model: str, base_names: Container[str], adapters: Container[str]) -> str | None:
-    """The adapter that a request's `model` stands for; None for the base model.
-
-    Raises:
-        UnknownModelError: it is nobody's name. Never is the base served in an adapter's place.
-    """
-    if model in base_names:
-        return None
-    if model in adapters:
-        return model
-    raise UnknownModelError(model)
-
-
 def parse_body[Body: BaseModel](kind: type[Body], body: bytes | str) -> Body:
     """Reads a JSON body.
 
@@ -74,20 +62,27 @@ def parse_body[Body: BaseModel](kind: type[Body], body: bytes | str) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _as_request_error(kind, error) from None
+        raise as_request_error(error.errors(include_url=False), kind) from None
 
 
-def _as_request_error(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False)[0]
+def as_request_error(errors: Sequence[Any], kind: type[BaseModel] | None = None) -> RequestError:
+    """What pydantic found, in the words of the first bad field.
+
+    Args:
+        errors: of a `ValidationError`.
+        kind: the model, whose fields may describe themselves.
+    """
+    first = errors[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):  # a validator of ours, which pydantic wrapped
         return cause
     if not first["loc"]:
         return RequestError(first["msg"])
     param = str(first["loc"][0])
-    field = kind.model_fields.get(param)
+    field = None if kind is None else kind.model_fields.get(param)
     if first["type"] == "missing":
         return RequestError(f"{param} is required", param)
     if field is not None and field.description:  # of a union pydantic would name each branch
         return RequestError(f"{param} must be {field.description}", param)
-    return RequestError(f"{param}: {first['msg']}", param)
+    inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    return RequestError(f"{inner.removeprefix('.')}: {first['msg']}", param)

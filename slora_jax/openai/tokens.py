@@ -40,24 +40,37 @@ class TokenTexts:
             tokens_by_name[text] = token
         return {token: name for name, token in tokens_by_name.items()}
 
-    def offsets(
-        self, tokens: Sequence[int], context: Sequence[int], *, skip_special_tokens: bool
-    ) -> list[int]:
-        """Where the text of each of `tokens` begins, in characters, if they follow `context`.
-
-        All tokens that share a character are where it begins.
-        """
-        if self.tokenizer is None:
-            return [0] * len(tokens)
-        detokenizer = Detokenizer(self.tokenizer, context, skip_special_tokens)
-        offsets, end = [], 0
-        for token in tokens:
-            offsets.append(end)
-            end += len(detokenizer.append(token))
-        return offsets
-
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of a sequence; empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens)
+
+
+class TokenOffsets:
+    """Where the text of each token begins, in characters, as tokens come.
+
+    All tokens that share a character are where it begins.
+
+    Args:
+        texts: of the model's tokens.
+        context: the tokens that they follow.
+        skip_special_tokens: whether special tokens have no text.
+    """
+
+    def __init__(
+        self, texts: TokenTexts, context: Sequence[int], *, skip_special_tokens: bool
+    ) -> None:
+        self._detokenizer = None
+        if texts.tokenizer is not None:
+            self._detokenizer = Detokenizer(texts.tokenizer, context, skip_special_tokens)
+        self._end = 0
+
+    def append(self, tokens: Sequence[int]) -> list[int]:
+        """The offsets of the next tokens; all 0 without a tokenizer."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._end)
+            if self._detokenizer is not None:
+                self._end += len(self._detokenizer.append(token))
+        return offsets

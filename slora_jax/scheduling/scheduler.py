@@ -156,7 +156,7 @@ class Scheduler:
                 continue
             pages = self._missing_pages(request)
             fits = promised + pages <= room
-            if fits and self._admit(request, promised + pages, passed + loading, plan):
+            if fits and self._admit(request, promised + pages, passed + loading, plan, now):
                 chunk = min(request.num_to_compute, budget)
                 if not self._grow(request, chunk, plan):
                     raise AssertionError("admission promised pages that are not there")
@@ -180,7 +180,9 @@ class Scheduler:
             self._upcoming_changed = False
         self._adapters.prefetch(self._upcoming)
 
-    def _admit(self, request: Request, reserve: int, passed: list[Request], plan: "_Draft") -> bool:
+    def _admit(
+        self, request: Request, reserve: int, passed: list[Request], plan: "_Draft", now: float
+    ) -> bool:
         """Gives a waiting request a slot and its adapter, if its tokens so far have room.
 
         Room beside what the running requests will need: an admission should not preempt anybody
@@ -191,6 +193,7 @@ class Scheduler:
             reserve: pages that it and the running requests lack.
             passed: candidates before it that found no room, or whose adapters are on their way.
             plan: the step.
+            now: seconds on the clock.
         """
         if request.adapter_id is None:
             if not self._adapters.make_room(reserve):
@@ -205,6 +208,7 @@ class Scheduler:
         self.policy.left(request, self.waiting)
         self._upcoming_changed = True
         request.overtaken = 0
+        request.admitted = now if request.admitted is None else request.admitted
         request.slot = self._free_slots.pop()
         insort_right(self.running, request, key=self.policy.seniority)
         plan.started.append(request)

@@ -26,6 +26,7 @@ class FakeAdapter:
     path: Path
     num_pages: int
     rank: int = 8
+    has_outer: bool = False
 
     @property
     def signature(self) -> tuple:
@@ -104,6 +105,9 @@ class AdapterHost(Host):
         copy = SlowCopy(adapter)
         self.copies.append(copy)
         return copy
+
+    def expect(self, adapter: FakeAdapter) -> None:
+        pass
 
     def install(self, install: Install, staged: SlowCopy) -> None:
         assert staged.done, "an install waits for its copy"

@@ -7,7 +7,8 @@ import pytest
 
 from slora_jax.core import RequestError, SamplingParams
 from slora_jax.openai.completions import CompletionRequest
-from slora_jax.openai.errors import ErrorResponse, UnknownModelError, find_adapter, parse_body
+from slora_jax.openai.errors import ErrorResponse, UnknownModelError, parse_body
+from slora_jax.openai.selection import find_adapter
 
 # Each with its neutral value and one that would change the result.
 REFUSED = [
@@ -31,7 +32,6 @@ REFUSED = [
     ("spaces_between_special_tokens", True, False),
     ("kv_transfer_params", None, {}),
     ("vllm_xargs", {}, {"a": 1}),
-    ("lora_path", None, "upper"),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from slora_jax.core import FinishReason, Logprob, RequestOutput
 from slora_jax.demo import BASE_MODEL
-from slora_jax.openai.completions import CompletionRequest, completion_response
+from slora_jax.openai.completions import CompletionReply, CompletionRequest
 from slora_jax.openai.tokens import TokenTexts
 from slora_jax.tokenizer import load_tokenizer
 
@@ -44,7 +44,7 @@ def position(*tokens: int, chosen: int | None = None, rank: int = 9) -> dict[int
 
 
 def respond(request: CompletionRequest, texts: TokenTexts, *outputs: RequestOutput) -> dict:
-    return json.loads(completion_response(request, outputs, texts).to_json())
+    return json.loads(CompletionReply(request, "made-up", texts).response(outputs).to_json())
 
 
 def test_response(texts):

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers a request for generation, whole or as a stream, until it ends or nobody listens."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.errors import HttpError, Unavailable, as_http_error
+from server.frontend import FrontEnd
+from server.generation import Generation
+from server.logs import RequestRecord
+from slora_jax.core import RequestOutput
+from slora_jax.openai.chat import ChatCompletionRequest
+from slora_jax.openai.completions import CompletionRequest
+from slora_jax.openai.errors import error_of
+
+_CLIENT_GONE = 499  # for the log only: there is nobody to read it
+
+
+class _Body(Protocol):
+    def to_json(self) -> str: ...
+
+
+class Reply(Protocol):
+    """Writes the response to one request: see `CompletionReply` and `ChatReply`."""
+
+    def response(self, outputs: Sequence[RequestOutput]) -> _Body: ...
+
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[_Body]: ...
+
+    def usage_chunk(self) -> _Body: ...
+
+
+class _ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that let go of what they hold however they end.
+
+    Starlette cancels the iterator when the client disconnects, perhaps before it has begun: its own
+    `finally` would not do.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def answer(
+    front: FrontEnd, http: Request, request: CompletionRequest | ChatCompletionRequest, reply: Reply
+) -> Response:
+    """The response to a request for generation.
+
+    The first tokens are waited for before a stream begins: what is refused has a status of its own
+    then. When the client disconnects, the engine is told to stop at once.
+
+    Raises:
+        HttpError: there is none.
+    """
+    record: RequestRecord = http.state.record
+    record.describe(request, with_content=front.config.enable_log_requests)
+    deadline = _Deadline(record.arrival, front.config.request_timeout_s)
+    with ExitStack() as held:
+        held.enter_context(front.answering())
+        try:
+            generation = await _while_connected(
+                http.receive, deadline.keep(front.submit(request, record.arrival))
+            )
+            held.callback(record.count, generation)
+            held.callback(front.abort, generation)
+            if not request.stream:
+                waiting = deadline.keep(generation.wait())
+                outputs = await _while_connected(http.receive, waiting)
+                _check(outputs)
+                return Response(reply.response(outputs).to_json(), media_type="application/json")
+            pieces = await _while_connected(http.receive, deadline.keep(generation.next()))
+            _check(output for _, output in pieces)
+        except _ClientGone:
+            return Response(status_code=_CLIENT_GONE)
+        events = _events(generation, reply, request.includes_usage, pieces, deadline)
+        return _EventStream(events, held.pop_all())
+
+
+class _Deadline:
+    """The time that a request has.
+
+    Args:
+        arrival: when it came, on the monotonic clock.
+        seconds: from then on; None: as long as it takes.
+    """
+
+    def __init__(self, arrival: float, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._end = None if seconds is None else arrival + seconds
+
+    async def keep[T](self, awaitable: Awaitable[T]) -> T:
+        """Raises Unavailable if it takes longer."""
+        left = None if self._end is None else self._end - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                return await awaitable
+        except TimeoutError:
+            raise Unavailable(
+                f"the request took longer than the {self._seconds:g} s that it may take "
+                "(--request-timeout-s)"
+            ) from None
+
+
+async def _events(
+    generation: Generation,
+    reply: Reply,
+    includes_usage: bool,
+    pieces: list[tuple[int, RequestOutput]],
+    deadline: _Deadline,
+) -> AsyncIterator[bytes]:
+    try:
+        while True:
+            _check(output for _, output in pieces)
+            chunks = [chunk for piece in pieces for chunk in reply.chunks(*piece)]
+            yield _encoded(chunks)
+            if generation.finished:
+                break
+            pieces = await deadline.keep(generation.next())
+        if includes_usage:
+            yield _encoded([reply.usage_chunk()])
+    except HttpError as error:
+        yield _encoded([error.body()])
+    yield b"data: [DONE]\n\n"
+
+
+def _encoded(bodies: Iterable[_Body]) -> bytes:
+    return "".join(f"data: {body.to_json()}\n\n" for body in bodies).encode()
+
+
+def _check(outputs: Iterable[RequestOutput]) -> None:
+    """Raises HttpError if one of them has no answer."""
+    for error in filter(None, map(error_of, outputs)):
+        raise as_http_error(error)
+
+
+async def _while_connected[T](receive: Receive, work: Awaitable[T]) -> T:
+    """What `work` gives; cancels it and raises _ClientGone if the client disconnects before."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _ClientGone
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

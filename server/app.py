@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ASGI application: routes, errors, and the page at /."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import get_type_hints
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from server.errors import HttpError, as_http_error
+from server.frontend import FrontEnd
+from server.middleware import ApiKeys, BodyLimit, RequestLog, as_error, error_response
+from server.routes import completions, models, operations
+from slora_jax.openai.errors import as_request_error
+
+_STATIC = Path(__file__).parent / "static"
+_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
+
+logger = logging.getLogger("slora_jax.server")
+
+
+def make_app(front: FrontEnd) -> FastAPI:
+    """The application over a front end, whose engine it starts and stops."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = asyncio.create_task(front.client.run())
+        try:
+            yield
+        finally:
+            engine.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await engine
+
+    app = FastAPI(
+        title="slora-jax",
+        version=importlib.metadata.version("slora-jax"),
+        summary="One base Llama and many LoRA adapters, under OpenAI's API with vLLM's extensions.",
+        lifespan=lifespan,
+        docs_url=None,  # the pages of FastAPI's load scripts from elsewhere
+        redoc_url=None,
+        middleware=[
+            Middleware(RequestLog),
+            Middleware(ApiKeys, keys=front.config.api_keys),
+            Middleware(BodyLimit, most_bytes=front.config.max_body_bytes),
+        ],
+    )
+    app.state.front = front
+    for routes in (completions, models, operations):
+        app.include_router(routes.router)
+    app.mount("/static", StaticFiles(directory=_STATIC))
+    app.add_api_route("/", _page, include_in_schema=False)
+    app.add_exception_handler(HttpError, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _starlette_error)
+    app.add_exception_handler(Exception, _unexpected)
+    return app
+
+
+async def _page() -> FileResponse:
+    return FileResponse(_STATIC / "index.html", headers=_PAGE_HEADERS)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)
+    return error_response(error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A body that is not what the route describes: 400, as OpenAI and vLLM have it."""
+    assert isinstance(error, RequestValidationError)
+    endpoint = request.scope["route"].endpoint
+    kind = get_type_hints(endpoint).get("body", BaseModel)
+    errors = [{**one, "loc": _inside_body(one["loc"])} for one in error.errors()]
+    return error_response(as_http_error(as_request_error(errors, kind)))
+
+
+def _inside_body(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Where in the body; of one that is no JSON, pydantic names the character."""
+    inside = location[1:]
+    return () if inside and isinstance(inside[0], int) else inside
+
+
+async def _starlette_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = error_response(as_error(error))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return error_response(HttpError("an internal error; the server's log says more"))

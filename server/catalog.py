@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters that requests may name: those that are loaded, and those that could be."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from server.config import ServerConfig
+from server.engine_client import AdapterRefused, EngineClient
+from server.errors import Forbidden, Invalid, NotFound
+from slora_jax.openai.models import ModelCard
+
+_CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An adapter that the engine has.
+
+    Attributes:
+        path: its directory.
+        pinned: whether it stays in the pool.
+        on_request: it came from `--lora-dir` when a request named it, and may so again.
+        created: seconds since 1970.
+    """
+
+    path: Path
+    pinned: bool
+    on_request: bool
+    created: int
+
+
+class AdapterCatalog:
+    """Knows what the engine has loaded, and has it load and unload.
+
+    Args:
+        config: the server's.
+        client: to the engine. Nobody else loads adapters there.
+    """
+
+    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+        self._config = config
+        self._client = client
+        self._loads: dict[str, asyncio.Task[None]] = {}  # of --lora-dir, under way
+        # One change of a name at a time; a lock is there while somebody has it.
+        self._changes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._start = int(time.time())
+        self.loaded = {
+            name: Loaded(path, False, False, self._start) for name, path in config.lora_modules
+        }
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self.loaded or self._in_directory(name))
+
+    def restarting(self) -> dict[str, Loaded]:
+        """What a new engine is to load: all but what comes back by itself."""
+        self.loaded = {name: one for name, one in self.loaded.items() if not one.on_request}
+        return self.loaded
+
+    def forget(self, name: str) -> None:
+        """Takes note that an engine does not have an adapter."""
+        self.loaded.pop(name, None)
+
+    def cards(self) -> list[ModelCard]:
+        """The base model, then all adapters by name. May read the disk."""
+        limit = None if self._client.ready is None else self._client.ready.max_model_len
+
+        def card(name: str, root: Path, parent: str | None, created: int) -> ModelCard:
+            return ModelCard(
+                id=name, created=created, root=str(root), parent=parent, max_model_len=limit
+            )
+
+        found = {name: (one.path, one.created) for name, one in self.loaded.items()}
+        for name in self._directory_names():
+            assert self._config.lora_dir is not None
+            found.setdefault(name, (self._config.lora_dir / name, self._start))
+        base = self._config.base_name
+        return [
+            *(card(one, self._config.model, None, self._start) for one in self._base_names()),
+            *(card(name, path, base, since) for name, (path, since) in sorted(found.items())),
+        ]
+
+    async def ensure_loaded(self, names: Sequence[str | None]) -> None:
+        """Has those loaded that only the disk has.
+
+        Raises:
+            Invalid: one of them is refused.
+            Unavailable: the engine is not there.
+        """
+        missing = {name for name in names if name is not None and name not in self.loaded}
+        for name in missing:
+            if name not in self._loads:
+                load = self._loads[name] = asyncio.create_task(self._load_from_directory(name))
+                load.add_done_callback(partial(self._loaded_or_not, name))
+        for load in [self._loads[name] for name in missing]:
+            await asyncio.shield(load)  # others may wait for it as well
+
+    async def load(self, name: str, path: str, *, replace: bool, pinned: bool) -> None:
+        """Loads a directory inside the allowed ones.
+
+        Raises:
+            Forbidden: loading is not enabled.
+            Invalid: the adapter or its place is refused, or the name is taken.
+            NotFound: there is no such directory.
+        """
+        self._check_enabled()
+        if name in self._config.served_model_names:
+            raise Invalid(
+                f"The lora adapter '{name}' conflicts with a served base model.", "lora_name"
+            )
+        directory = await asyncio.to_thread(confined, path, self._config.adapter_roots)
+        async with self._lock(name):
+            if name in self.loaded and not replace:
+                raise Invalid(
+                    f"The lora adapter '{name}' has already been loaded. If you want to load the "
+                    "adapter in place, set 'load_inplace' to True.",
+                    "lora_name",
+                )
+            try:
+                await self._client.load_adapter(name, directory, replace=replace, pinned=pinned)
+            except AdapterRefused as error:
+                raise Invalid(str(error), "lora_path") from error
+            self.loaded[name] = Loaded(directory, pinned, False, int(time.time()))
+
+    async def unload(self, name: str) -> None:
+        """Has new requests for an adapter refused; its memory is freed when the last one ends.
+
+        Raises:
+            Forbidden: unloading is not enabled.
+            NotFound: no adapter has this name.
+        """
+        self._check_enabled()
+        async with self._lock(name):
+            if name not in self.loaded:
+                raise NotFound(f"The lora adapter '{name}' cannot be found.", "lora_name")
+            try:
+                await self._client.unload_adapter(name)
+            except AdapterRefused as error:
+                raise NotFound(str(error), "lora_name") from error
+            self.forget(name)
+
+    def _check_enabled(self) -> None:
+        if not self._config.allow_runtime_lora_updating:
+            raise Forbidden(
+                "adapters can't be changed at run time: start the server with "
+                "--allow-runtime-lora-updating"
+            )
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        lock = self._changes.get(name)
+        if lock is None:
+            lock = self._changes[name] = asyncio.Lock()
+        return lock
+
+    def _base_names(self) -> Iterator[str]:
+        yield from self._config.served_model_names
+
+    # --lora-dir
+
+    def _loaded_or_not(self, name: str, load: asyncio.Task[None]) -> None:
+        del self._loads[name]
+        if not load.cancelled():
+            load.exception()  # those who waited have it, if any of them is still there
+
+    async def _load_from_directory(self, name: str) -> None:
+        async with self._lock(name):
+            if name in self.loaded:
+                return
+            roots = self._config.adapter_roots
+            directory = await asyncio.to_thread(confined, name, roots[-1:], "model")
+            try:
+                await self._client.load_adapter(name, directory, replace=False, pinned=False)
+            except AdapterRefused as error:
+                raise Invalid(str(error), "model") from error
+            self.loaded[name] = Loaded(directory, False, True, int(time.time()))
+
+    def _in_directory(self, name: str) -> bool:
+        root = self._config.lora_dir
+        if root is None or not name or "/" in name or "\0" in name or name in (".", ".."):
+            return False
+        try:
+            return (root / name / _CONFIG_FILE).is_file()
+        except OSError:  # longer than a file's name may be
+            return False
+
+    def _directory_names(self) -> Iterator[str]:
+        if self._config.lora_dir is not None:
+            for file in self._config.lora_dir.glob(f"*/{_CONFIG_FILE}"):
+                yield file.parent.name
+
+
+def confined(path: str, roots: Sequence[Path], param: str = "lora_path") -> Path:
+    """A directory inside one of `roots`, all links followed, and all that lies in it as well.
+
+    Args:
+        path: absolute, or relative to one of them.
+        roots: directories.
+        param: the field that errors name.
+
+    Raises:
+        Invalid: it lies elsewhere, or something in it does.
+        NotFound: there is no such directory.
+    """
+    inside = False
+    for root in map(Path.resolve, roots):
+        try:
+            directory = (root / path).resolve()
+            if not directory.is_relative_to(root):
+                continue
+            inside = True
+            if not directory.is_dir():
+                continue
+            for file in directory.iterdir():
+                if not any(file.resolve().is_relative_to(one.resolve()) for one in roots):
+                    raise Invalid(
+                        f"{path}: {file.name} is a link to a place outside the directories that "
+                        "adapters may be loaded from",
+                        param,
+                    )
+        except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
+            raise Invalid(f"{path!r} is no path: {error}", param) from error
+        return directory
+    if inside:
+        raise NotFound(f"{path}: no such directory", param)
+    raise Invalid(
+        f"{path} is outside the directories that adapters may be loaded from (--lora-roots)",
+        param,
+    )

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slora serve`: an OpenAI-compatible server for one base model and its adapters."""
+
+import argparse
+import asyncio
+import logging
+import os
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from rich.console import Console
+
+from server.app import make_app
+from server.config import ServerConfig
+from server.engine_client import State
+from server.frontend import FrontEnd
+from server.logs import log_as_json
+from slora_jax.cli import CommandError
+from slora_jax.cli.options import (
+    add_engine_arguments,
+    add_model_arguments,
+    base_names,
+    check_adapter_names,
+    engine_options,
+)
+from slora_jax.config import EngineConfig
+from slora_jax.demo import BASE_MODEL, adapter_dirs
+from slora_jax.tokenizer import TokenizerError
+
+_DEMO_NAME = "slora-demo"
+_DEMO_OPTIONS = {  # small and quick to compile
+    "num_pages": 1024,
+    "max_num_batched_tokens": 128,
+    "decode_batch_sizes": (8, 64),
+    "max_loras": 16,
+}
+_API_KEY_VARIABLE = "SLORA_API_KEY"
+
+_HELP = {
+    "allow_runtime_lora_updating": "serve /v1/load_lora_adapter and /v1/unload_lora_adapter",
+    "lora_roots": "directories that adapters may be loaded from at run time, beside --lora-dir",
+    "max_body_mib": "MiB of a request's body",
+    "max_queued_requests": "choices that may wait for a place in the batch; then there is a 429",
+    "request_timeout_s": "seconds from a request's arrival to its end (default: no limit)",
+    "shutdown_timeout_s": "seconds that requests in progress have to end after SIGTERM",
+    "restart": "start the engine again when it dies",
+    "enable_log_requests": "log prompts and parameters",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `slora serve`."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
+    group.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0: a free one (default: %(default)s)"
+    )
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help=f"clients must send one of them (default: the variable {_API_KEY_VARIABLE})",
+    )
+    defaults = {field.name: field.default for field in fields(ServerConfig)}
+    for name, text in _HELP.items():
+        flag, default = f"--{name.replace('_', '-')}", defaults[name]
+        if isinstance(default, bool):
+            group.add_argument(flag, action="store_true", help=text)
+        elif name == "lora_roots":
+            group.add_argument(flag, nargs="+", type=Path, default=[], metavar="DIR", help=text)
+        else:
+            kind = int if isinstance(default, int) else float
+            shown = text if default is None else f"{text} (default: %(default)s)"
+            group.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
+    group.add_argument("--quiet", action="store_true", help="log warnings only")
+    group.add_argument(
+        "--enable-lora", action="store_true", help="accepted for vLLM's sake: it always is"
+    )
+    add_model_arguments(parser, required=False)
+    add_engine_arguments(parser)
+    parser.set_defaults(max_loras=None)  # whether it was given is what gateways hear of
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal ends it; 0 if it ended as told, 1 if the engine could not start."""
+    max_loras = args.max_loras
+    _fill_in_demo(args)
+    if args.max_loras is None:
+        args.max_loras = EngineConfig().max_loras
+    log_as_json(logging.WARNING if args.quiet else logging.INFO)
+    try:
+        config = _server_config(args, max_loras)
+        options = engine_options(args)
+        EngineConfig(**options)  # cheap mistakes first
+        progress = Console(stderr=True).is_terminal and not args.quiet
+        front = FrontEnd(config, options, progress=progress, quiet=args.quiet)
+    except (ValueError, TokenizerError) as error:
+        raise CommandError(str(error)) from error
+    server = _Server(args, front)
+    server.run()
+    if front.client.ready is None and front.client.state is State.DEAD and not server.told:
+        raise CommandError(str(front.client.failure))
+    return 0
+
+
+def _fill_in_demo(args: argparse.Namespace) -> None:
+    """Without a model, the shipped one and its adapters are served."""
+    if args.model is not None:
+        return
+    args.model = str(BASE_MODEL)
+    args.served_model_name = args.served_model_name or [_DEMO_NAME]
+    args.lora_modules = [*adapter_dirs().items(), *args.lora_modules]
+    defaults = {field.name: field.default for field in fields(EngineConfig)} | {"max_loras": None}
+    for name, value in _DEMO_OPTIONS.items():
+        if getattr(args, name) == defaults[name]:
+            setattr(args, name, value)
+
+
+def _server_config(args: argparse.Namespace, max_loras: int | None) -> ServerConfig:
+    """Raises ValueError if a value is out of its range."""
+    keys = args.api_key or os.environ.get(_API_KEY_VARIABLE, "").split()
+    given = {name: getattr(args, name) for name in _HELP if name != "lora_roots"}
+    check_adapter_names(args)
+    return ServerConfig(
+        **given,
+        model=Path(args.model),
+        served_model_names=base_names(args),
+        lora_modules=tuple((name, Path(os.path.abspath(path))) for name, path in args.lora_modules),
+        lora_dir=None if args.lora_dir is None else Path(os.path.abspath(args.lora_dir)),
+        lora_roots=tuple(args.lora_roots),
+        max_loras=max_loras,
+        api_keys=tuple(keys),
+    )
+
+
+class _Server(uvicorn.Server):
+    """Drains before it stops: `/health` goes on saying so meanwhile."""
+
+    def __init__(self, args: argparse.Namespace, front: FrontEnd) -> None:
+        super().__init__(
+            uvicorn.Config(
+                make_app(front),
+                host=args.host,
+                port=args.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,  # of connections that only stay open
+            )
+        )
+        self._front = front
+        self._draining: asyncio.Task[None] | None = None
+        self.told = False
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.told and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        if self._front.client.ready is None and self._front.client.state is State.DEAD:
+            return True  # it never started: there is nothing to serve
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal has it drain, the next one stop at once."""
+        if self.told:
+            self.should_exit = self.force_exit = True
+        self.told = True
+
+    async def _drain(self) -> None:
+        await self._front.drain()
+        await asyncio.sleep(0.1)  # for the last words of those that were cut off
+        self.should_exit = True

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all routes share: how they reach the front end, and the errors that they document."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer
+
+from server import errors
+from server.frontend import FrontEnd
+from slora_jax.openai.errors import ErrorResponse
+
+# For the OpenAPI document; the keys are checked in `middleware.py`, before a body is read.
+API_KEY = Security(HTTPBearer(auto_error=False, description="One of the server's --api-key."))
+
+
+def _front_end(request: Request) -> FrontEnd:
+    return request.app.state.front
+
+
+Front = Annotated[FrontEnd, Depends(_front_end)]
+
+_KINDS = (
+    errors.Invalid,
+    errors.Unauthorized,
+    errors.Forbidden,
+    errors.NotFound,
+    errors.TooSlow,
+    errors.TooLarge,
+    errors.TooManyRequests,
+    errors.Unavailable,
+)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's entries for errors."""
+    found = {kind.status: kind for kind in _KINDS}
+    return {
+        status: {"model": ErrorResponse, "description": found[status].__doc__}
+        for status in statuses
+    }
+
+
+BODY_ERRORS = documented(400, 401, 408, 413)
+"""Of every route that reads a body."""

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/tokenize` and `/detokenize`, as vLLM has them."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from slora_jax.core import RequestError
+from slora_jax.openai.chat import ChatTemplateFields, Message
+from slora_jax.openai.generation import Int64
+
+
+class TokenizeRequest(ChatTemplateFields):
+    """The body of a `/tokenize` request: a `prompt`, or the `messages` of a conversation.
+
+    Attributes:
+        add_special_tokens: null: as the completions APIs do, true for a prompt, false for messages.
+        return_token_strs: show the text of each token.
+    """
+
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"examples": [{"prompt": "hello reader"}]}
+    )
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_null_for_the_default(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", "prompt")
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    """Token ids, and the most that a request may have."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(BaseModel):
+    """The body of a `/detokenize` request."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"tokens": [104, 105]}]})
+
+    model: str | None = None
+    tokens: list[Int64]
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of the tokens, special ones included."""
+
+    prompt: str
