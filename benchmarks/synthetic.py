@@ -37,6 +37,18 @@ def write_model(directory: Path, config: ModelConfig) -> Path:
     return directory
 
 
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Writes a tokenizer of so many words, so that tokens have texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{number}": number for number in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.save(str(directory / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
 def write_adapters(
     directory: Path,
     config: ModelConfig,

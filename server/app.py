@@ -6,8 +6,9 @@ import contextlib
 import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,10 +18,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from server.errors import HttpError, as_http_error
+from server.errors import HttpError, Invalid, as_http_error
 from server.frontend import FrontEnd
 from server.middleware import ApiKeys, BodyLimit, RequestLog, as_error, error_response
 from server.routes import completions, models, operations
+from slora_jax.core import RequestError
 from slora_jax.openai.errors import as_request_error
 
 _STATIC = Path(__file__).parent / "static"
@@ -64,7 +66,21 @@ def make_app(front: FrontEnd) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _starlette_error)
     app.add_exception_handler(Exception, _unexpected)
+    app.openapi = partial(_document, app)  # type: ignore[method-assign]
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without the 422 that FastAPI adds and nobody gets: it is a 400 here."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for methods in document["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 async def _page() -> FileResponse:
@@ -79,16 +95,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """A body that is not what the route describes: 400, as OpenAI and vLLM have it."""
     assert isinstance(error, RequestValidationError)
-    endpoint = request.scope["route"].endpoint
-    kind = get_type_hints(endpoint).get("body", BaseModel)
-    errors = [{**one, "loc": _inside_body(one["loc"])} for one in error.errors()]
+    errors = error.errors()
+    cause = errors[0].get("ctx", {}).get("error")
+    if errors[0]["type"] == "json_invalid":
+        return error_response(Invalid(f"the body is no JSON: {cause}"))
+    if errors[0]["loc"] == ("body",) and not isinstance(cause, RequestError):
+        return error_response(Invalid("the body must be a JSON object, sent as application/json"))
+    errors = [{**one, "loc": one["loc"][1:]} for one in errors]  # inside the body
+    kind = get_type_hints(request.scope["route"].endpoint).get("body", BaseModel)
     return error_response(as_http_error(as_request_error(errors, kind)))
-
-
-def _inside_body(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Where in the body; of one that is no JSON, pydantic names the character."""
-    inside = location[1:]
-    return () if inside and isinstance(inside[0], int) else inside
 
 
 async def _starlette_error(request: Request, error: Exception) -> Response:

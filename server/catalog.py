@@ -205,28 +205,31 @@ def confined(path: str, roots: Sequence[Path], param: str = "lora_path") -> Path
         Invalid: it lies elsewhere, or something in it does.
         NotFound: there is no such directory.
     """
-    inside = False
-    for root in map(Path.resolve, roots):
-        try:
+    allowed = [root.resolve() for root in roots]
+
+    def is_inside(place: Path) -> bool:
+        return any(place.is_relative_to(root) for root in allowed)
+
+    outside = False
+    try:
+        for root in allowed:
             directory = (root / path).resolve()
-            if not directory.is_relative_to(root):
-                continue
-            inside = True
-            if not directory.is_dir():
-                continue
-            for file in directory.iterdir():
-                if not any(file.resolve().is_relative_to(one.resolve()) for one in roots):
-                    raise Invalid(
-                        f"{path}: {file.name} is a link to a place outside the directories that "
-                        "adapters may be loaded from",
-                        param,
-                    )
-        except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
-            raise Invalid(f"{path!r} is no path: {error}", param) from error
-        return directory
-    if inside:
-        raise NotFound(f"{path}: no such directory", param)
-    raise Invalid(
-        f"{path} is outside the directories that adapters may be loaded from (--lora-roots)",
-        param,
-    )
+            if not is_inside(directory):
+                outside = True
+            elif directory.is_dir():
+                for file in directory.iterdir():
+                    if not is_inside(file.resolve()):
+                        raise Invalid(
+                            f"{path}: {file.name} is a link to a place outside the directories "
+                            "that adapters may be loaded from",
+                            param,
+                        )
+                return directory
+    except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
+        raise Invalid(f"{path!r} is no path: {error}", param) from error
+    if outside:
+        raise Invalid(
+            f"{path} is outside the directories that adapters may be loaded from (--lora-roots)",
+            param,
+        )
+    raise NotFound(f"{path}: no such directory", param)

@@ -40,7 +40,7 @@ from slora_jax.core import SamplingParams
 from slora_jax.stats import EngineStats
 
 _SILENCE_S = 120.0  # of a ready engine, after which it counts as hung
-_LAST_WORDS_S = 0.2  # in which they arrive after its process has ended
+_LAST_WORDS_S = 2.0  # in which they arrive after its process has ended
 _STOP_S = 10.0  # in which the process is to end when it is told to
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # before a restart, doubled each time it is in vain
 
@@ -80,11 +80,18 @@ class EngineClient:
         launch: gives what to start: it may change between starts.
         listener: told of all outputs.
         restart: start the process again when it dies after it had been ready.
+        module: that the process runs.
     """
 
     def __init__(
-        self, launch: Callable[[str, bool], Launch], listener: Listener, *, restart: bool
+        self,
+        launch: Callable[[str, bool], Launch],
+        listener: Listener,
+        *,
+        restart: bool,
+        module: str = "server.engine_process",
     ) -> None:
+        self._module = module
         self._launch = launch
         self._listener = listener
         self._restart = restart
@@ -111,7 +118,11 @@ class EngineClient:
         """
         pause = _FIRST_PAUSE_S
         while True:
-            await self._run_once()
+            try:
+                await self._run_once()
+            except Exception as error:  # it could not be started, or is not understood
+                logger.exception("the engine's process is lost")
+                self._die(f"{type(error).__name__}: {error}")
             if self.ready is None or not self._restart:
                 return  # what could not start the first time never will
             if self._was_ready:
@@ -137,7 +148,7 @@ class EngineClient:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "server.engine_process",
+                self._module,
                 stdin=asyncio.subprocess.PIPE,
                 start_new_session=True,  # the front end handles the keyboard's interrupts
             )
@@ -147,7 +158,7 @@ class EngineClient:
             ending = asyncio.create_task(self._process.wait())
             try:
                 await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
-                if not listening.done():
+                if ending.done() and ending.result() > 0:  # it was not killed: it says why
                     await asyncio.wait({listening}, timeout=_LAST_WORDS_S)
                 if listening.done():
                     failure = listening.result()
@@ -158,7 +169,7 @@ class EngineClient:
                 await self._end_process()
                 self._socket.close()
                 self._socket = None
-                self._die(failure or "the server is shutting down")
+                self._die(failure)
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> str:
         """Handles what the engine says; returns its last words."""
@@ -201,10 +212,11 @@ class EngineClient:
                 self._was_ready = True
                 self._listener.ready(message)
 
-    def _die(self, failure: str) -> None:
-        """Tells everybody who waits."""
+    def _die(self, failure: str | None) -> None:
+        """Tells everybody who waits; without a failure, the engine was told to end."""
         self.state, self.failure, self.stats = State.DEAD, failure, None
-        logger.error("the engine is dead: %s", failure)
+        if failure is not None:
+            logger.error("the engine is dead", extra={"reason": failure})
         for generation, _ in self._running.values():
             generation.fail(self._unavailable())
         self._running.clear()

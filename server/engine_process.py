@@ -252,7 +252,8 @@ def _log_to_stderr(level: int) -> None:
 
 def _die_with_the_front_end() -> None:
     """Ends this process, whatever it is doing, when the pipe that it was started with closes."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not through `sys.stdin`: at its end Python would
+        pass  # wait for this thread to let go of it
     os._exit(1)
 
 

@@ -39,6 +39,7 @@ class FrontEnd:
         options: of the engine, fields of `EngineConfig`.
         progress: draw bars on stderr while the engine loads.
         quiet: no messages on stderr.
+        engine_module: that the engine's process runs.
 
     Raises:
         TokenizerError: the model's tokenizer cannot be loaded.
@@ -51,6 +52,7 @@ class FrontEnd:
         *,
         progress: bool = False,
         quiet: bool = False,
+        engine_module: str = "server.engine_process",
     ) -> None:
         self.config = config
         self._options = options
@@ -60,7 +62,7 @@ class FrontEnd:
         self.texts = TokenTexts(tokenizer)
         self.prompts = PromptEncoder(tokenizer)
         self.metrics = Metrics(config.base_name, config.max_loras)
-        self.client = EngineClient(self._launch, self, restart=config.restart)
+        self.client = EngineClient(self._launch, self, restart=config.restart, module=engine_module)
         self.catalog = AdapterCatalog(config, self.client)
         self.metrics.watch(self.client)
         self.draining = False

@@ -1,14 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all routes share: how they reach the front end, and the errors that they document."""
+"""What all routes share: how they reach the front end, read bodies, and document errors."""
 
+import json
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Request, Response, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic_core import from_json
 
 from server import errors
 from server.frontend import FrontEnd
 from slora_jax.openai.errors import ErrorResponse
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return from_json(body)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+class JsonRoute(APIRoute):
+    """Reads bodies with pydantic's parser: the standard library's lets through what is no text."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
 
 # For the OpenAPI document; the keys are checked in `middleware.py`, before a body is read.
 API_KEY = Security(HTTPBearer(auto_error=False, description="One of the server's --api-key."))

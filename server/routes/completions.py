@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from server.answering import answer
-from server.routes.common import API_KEY, BODY_ERRORS, Front, documented
+from server.routes.common import API_KEY, BODY_ERRORS, Front, JsonRoute, documented
 from slora_jax.openai.chat import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -22,7 +22,7 @@ from slora_jax.openai.completions import (
     CompletionResponse,
 )
 
-router = APIRouter(tags=["generation"], dependencies=[API_KEY])
+router = APIRouter(route_class=JsonRoute, tags=["generation"], dependencies=[API_KEY])
 
 _ERRORS = {**BODY_ERRORS, **documented(404, 429, 503)}
 

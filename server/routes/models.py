@@ -3,11 +3,11 @@
 
 import asyncio
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from server.errors import NotFound
-from server.routes.common import API_KEY, BODY_ERRORS, Front, documented
+from server.routes.common import API_KEY, BODY_ERRORS, Front, JsonRoute, documented
 from slora_jax.openai.models import (
     LoadLoraAdapterRequest,
     ModelCard,
@@ -15,7 +15,7 @@ from slora_jax.openai.models import (
     UnloadLoraAdapterRequest,
 )
 
-router = APIRouter(tags=["models"], dependencies=[API_KEY])
+router = APIRouter(route_class=JsonRoute, tags=["models"], dependencies=[API_KEY])
 
 _CHANGE_ERRORS = {**BODY_ERRORS, **documented(403, 404, 503)}
 _DONE = {200: {"description": "Done.", "content": {"text/plain": {"example": "Success: …"}}}}
@@ -39,11 +39,11 @@ async def show_model(model_id: str, front: Front) -> ModelCard:
 
 @router.post(
     "/v1/load_lora_adapter",
-    response_class=PlainTextResponse,
+    response_class=Response,
     responses={**_DONE, **_CHANGE_ERRORS},
 )
-@router.post("/load_lora_adapter", response_class=PlainTextResponse, include_in_schema=False)
-async def load_lora_adapter(body: LoadLoraAdapterRequest, front: Front) -> str:
+@router.post("/load_lora_adapter", response_class=Response, include_in_schema=False)
+async def load_lora_adapter(body: LoadLoraAdapterRequest, front: Front) -> Response:
     """Loads a PEFT directory from where the server allows it, while requests run.
 
     `/load_lora_adapter` does the same.
@@ -51,16 +51,16 @@ async def load_lora_adapter(body: LoadLoraAdapterRequest, front: Front) -> str:
     await front.catalog.load(
         body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned
     )
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post(
     "/v1/unload_lora_adapter",
-    response_class=PlainTextResponse,
+    response_class=Response,
     responses={**_DONE, **_CHANGE_ERRORS},
 )
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse, include_in_schema=False)
-async def unload_lora_adapter(body: UnloadLoraAdapterRequest, front: Front) -> str:
+@router.post("/unload_lora_adapter", response_class=Response, include_in_schema=False)
+async def unload_lora_adapter(body: UnloadLoraAdapterRequest, front: Front) -> Response:
     """Refuses new requests for an adapter; those in progress end as usual.
 
     One that came from `--lora-dir` comes back when a request names it. `/unload_lora_adapter` does
@@ -68,4 +68,4 @@ async def unload_lora_adapter(body: UnloadLoraAdapterRequest, front: Front) -> s
     """
     await front.catalog.unload(body.lora_name)
     front.metrics.forget_adapter(body.lora_name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from server.engine_client import State
 from server.errors import Invalid, NotFound, Unavailable
 from server.metrics import max_lora
-from server.routes.common import API_KEY, BODY_ERRORS, Front, documented
+from server.routes.common import API_KEY, BODY_ERRORS, Front, JsonRoute, documented
 from slora_jax.openai.errors import UnknownModelError
 from slora_jax.openai.selection import find_adapter
 from slora_jax.openai.tokenization import (
@@ -20,7 +20,7 @@ from slora_jax.openai.tokenization import (
     TokenizeResponse,
 )
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(route_class=JsonRoute, tags=["operations"])
 
 
 @router.get("/health", response_class=Response, responses=documented(503))

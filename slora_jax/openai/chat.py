@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,10 +42,18 @@ class Message(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_tools(cls, body: Any) -> Any:
+    def _screen(cls, body: Any) -> Any:
+        """Refuses what is not implemented."""
+        if not isinstance(body, dict):
+            return body
         for name in ("tool_calls", "function_call"):
-            if isinstance(body, dict) and body.get(name):
+            if body.get(name):
                 raise RequestError(f"messages: {name} is not supported: {_NO_TOOLS}", "messages")
+        parts = body.get("content")
+        for part in parts if isinstance(parts, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise RequestError(f"messages: {kind} is not supported: {_TEXT_ONLY}", "messages")
         return body
 
     @property
@@ -91,7 +99,7 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateFields):
         add_special_tokens: in addition to those that the template writes.
         max_completion_tokens: goes before `max_tokens`.
         logprobs: show each token's log-probability.
-        top_logprobs: and those of that many most likely tokens at its position.
+        top_logprobs: and those of that many most likely tokens at its position, -1 for all.
     """
 
     model_config = ConfigDict(
@@ -127,9 +135,10 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateFields):
 
     messages: list[Message] = Field(min_length=1)
     add_special_tokens: bool = False
-    max_completion_tokens: Int64 | None = None
+    # Their ranges are checked here: `SamplingParams` knows them by other names.
+    max_completion_tokens: Annotated[Int64, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: Int64 = 0
+    top_logprobs: Annotated[Int64, Field(ge=-1)] = 0
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> Self:

@@ -80,9 +80,10 @@ def as_request_error(errors: Sequence[Any], kind: type[BaseModel] | None = None)
         return RequestError(first["msg"])
     param = str(first["loc"][0])
     field = None if kind is None else kind.model_fields.get(param)
+    inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    inner = inner.removeprefix(".")
     if first["type"] == "missing":
-        return RequestError(f"{param} is required", param)
+        return RequestError(f"{inner} is required", param)
     if field is not None and field.description:  # of a union pydantic would name each branch
         return RequestError(f"{param} must be {field.description}", param)
-    inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-    return RequestError(f"{inner.removeprefix('.')}: {first['msg']}", param)
+    return RequestError(f"{inner}: {first['msg']}", param)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which adapter a request asks for. Never is the base model served in an adapter's place."""
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 
 from slora_jax.core import RequestError
 from slora_jax.openai.errors import UnknownModelError
@@ -10,7 +10,7 @@ from slora_jax.openai.generation import GenerationRequest
 
 def find_adapter(
     model: str,
-    base_names: Container[str],
+    base_names: Collection[str],
     adapters: Container[str],
     lora_path: str | None = None,
 ) -> str | None:
@@ -40,7 +40,7 @@ def find_adapter(
 
 def find_adapters(
     request: GenerationRequest,
-    base_names: Container[str],
+    base_names: Collection[str],
     adapters: Container[str],
 ) -> list[str | None]:
     """The adapter of each of a request's prompts; see `find_adapter`."""
@@ -55,12 +55,13 @@ def find_adapters(
     return [find_adapter(request.model, base_names, adapters, path) for path in paths]
 
 
-def _adapter_of(model: str, base_names: Container[str], adapters: Container[str]) -> str | None:
+def _adapter_of(model: str, base_names: Collection[str], adapters: Container[str]) -> str | None:
     if model in base_names:
         return None
     if model in adapters:
         return model
-    base, colon, adapter = model.partition(":")
-    if colon and base in base_names and adapter in adapters:
-        return adapter
+    for base in base_names:  # either name may have colons of its own
+        adapter = model.removeprefix(f"{base}:")
+        if adapter != model and adapter in adapters:
+            return adapter
     raise UnknownModelError(model)

@@ -8,7 +8,6 @@ import pytest
 from slora_jax.core import RequestError, SamplingParams
 from slora_jax.openai.completions import CompletionRequest
 from slora_jax.openai.errors import ErrorResponse, UnknownModelError, parse_body
-from slora_jax.openai.selection import find_adapter
 
 # Each with its neutral value and one that would change the result.
 REFUSED = [
@@ -173,10 +172,3 @@ def test_error_objects():
     unknown = ErrorResponse.of(UnknownModelError("X")).error
     assert unknown.message == "The model `X` does not exist."
     assert (unknown.type, unknown.param, unknown.code) == ("NotFoundError", "model", 404)
-
-
-def test_the_base_is_served_under_its_own_names_only():
-    assert find_adapter("base", ["base"], ["upper"]) is None
-    assert find_adapter("upper", ["base"], ["upper"]) == "upper"
-    with pytest.raises(UnknownModelError):
-        find_adapter("", ["base"], ["upper"])

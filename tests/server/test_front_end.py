@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys, limits, time, and an engine that dies: the front end over a process that only pretends."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import make_app
+from server.config import ServerConfig
+from server.engine_client import State
+from server.frontend import FrontEnd
+from slora_jax.demo import BASE_MODEL
+from tests.server.fake_engine import ANSWER, ERROR, EXIT, FAIL, HALF, REJECT, SILENCE
+
+type Ask = Callable[..., Coroutine[Any, Any, httpx.Response]]
+
+
+class World:
+    """A front end, and a client of it."""
+
+    def __init__(self, front: FrontEnd, client: httpx.AsyncClient) -> None:
+        self.front = front
+        self.client = client
+
+    def ask(self, mode: int = ANSWER, **fields) -> Coroutine[Any, Any, httpx.Response]:
+        body = {"model": "base", "prompt": [mode], "max_tokens": 3} | fields
+        return self.client.post("/v1/completions", json=body)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def ready(self) -> None:
+        await self.until(lambda: self.front.client.state is State.READY)
+
+
+@asynccontextmanager
+async def world(wait: bool = True, options: dict[str, Any] | None = None, **config):
+    settings = ServerConfig(model=BASE_MODEL, served_model_names=("base",), **config)
+    options = {"max_num_seqs": 2} | (options or {})
+    front = FrontEnd(settings, options, engine_module="tests.server.fake_engine")
+    app = make_app(front)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client,
+    ):
+        one = World(front, client)
+        if wait:
+            await one.ready()
+        yield one
+
+
+def run(story: Callable[[World], Coroutine[Any, Any, None]], **config) -> None:
+    async def play() -> None:
+        async with world(**config) as one:
+            await story(one)
+
+    asyncio.run(play())
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    found = response.json()["error"]
+    assert found.keys() == {"message", "type", "param", "code"}
+    assert found["code"] == response.status_code
+    return found
+
+
+def events(response: httpx.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = response.text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def test_keys():
+    async def story(one: World) -> None:
+        assert error(await one.ask())["type"] == "AuthenticationError"
+        for path in ("/v1/models", "/status", "/v1/nothing", "/load_lora_adapter"):
+            response = await one.client.get(path)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/", "/health", "/ping", "/metrics", "/version", "/openapi.json"):
+            assert (await one.client.get(path)).status_code == 200
+        assert (await one.client.get("/static/page.js")).status_code == 200
+        for given, status in (
+            ("Bearer one", 200),
+            ("bearer two", 200),
+            ("Bearer three", 401),
+            ("Basic one", 401),
+            ("one", 401),
+            ("Bearer", 401),
+        ):
+            one.client.headers["Authorization"] = given
+            assert (await one.client.get("/v1/models")).status_code == status, given
+
+    run(story, api_keys=("one", "two"))
+
+
+def test_bodies_have_a_limit():
+    async def story(one: World) -> None:
+        assert (await one.ask(prompt=[0] * 100)).status_code == 200
+        assert error(await one.ask(prompt=[0] * 2000))["type"] == "RequestTooLargeError"
+
+        async def in_pieces():
+            for _ in range(100):
+                yield b" " * 100
+
+        headers = {"Content-Type": "application/json"}
+        response = await one.client.post("/v1/completions", content=in_pieces(), headers=headers)
+        assert error(response)["type"] == "RequestTooLargeError"
+
+    run(story, max_body_mib=2048 / 2**20)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "must be a JSON object"),
+        (b"{", "the body is no JSON"),
+        (b"\xff\xff", "the body is no JSON"),
+        (b'{"model": "\\ud800", "prompt": "a"}', ""),
+        (b'{"model": "base", "prompt": "a", "stop": "\\ud800"}', ""),
+        (b"[]", "must be a JSON object"),
+        (b'{"model": "base", "prompt": {}}', "prompt must be a string, a list of token ids"),
+        (b'{"model": "base"}', "prompt is required"),
+        (b'{"model": "base", "prompt": "a", "n": "1"}', "n: "),
+        (b'{"model": "base", "prompt": [0], "seed": 1' + b"0" * 30 + b"}", "seed: "),
+        (b'{"model": "base", "prompt": "a", "stream_options": {}}', "stream"),
+        (b'{"model": "base", "prompt": "\\ud800"}', "the body is no JSON"),
+        (b"[" * 100_000, ""),
+    ],
+)
+def test_bad_bodies(content, words):
+    async def story(one: World) -> None:
+        headers = {"Content-Type": "application/json"}
+        response = await one.client.post("/v1/completions", content=content, headers=headers)
+        assert response.status_code == 400
+        assert words in error(response)["message"]
+
+    run(story)
+
+
+def test_no_such_route_or_method():
+    async def story(one: World) -> None:
+        assert error(await one.client.get("/v1/nothing"))["type"] == "NotFoundError"
+        response = await one.client.get("/v1/completions")
+        assert response.status_code == 405
+        assert response.headers["allow"] == "POST"
+        error(response)
+
+    run(story)
+
+
+def test_a_full_queue():
+    async def story(one: World) -> None:
+        silent = [asyncio.create_task(one.ask(SILENCE)) for _ in range(5)]
+        await one.until(lambda: one.front.client.num_running == 5)  # 2 in the batch, 3 waiting
+        response = await one.ask()
+        assert error(response)["type"] == "RateLimitError"
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        too_many = await one.ask(n=6)
+        assert error(too_many)["param"] == "n"
+        assert too_many.status_code == 400
+        silent.pop().cancel()  # a client that leaves makes room
+        await one.until(lambda: one.front.client.num_running == 4)
+        assert (await one.ask()).status_code == 200
+        for task in silent:
+            task.cancel()
+        await one.until(lambda: one.front.client.num_running == 0)
+
+    run(story, max_queued_requests=3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_take_their_time(stream):
+    async def story(one: World) -> None:
+        response = await one.ask(SILENCE, stream=stream)
+        assert response.status_code == 503
+        assert "--request-timeout-s" in error(response)["message"]
+        assert one.front.client.num_running == 0
+        if stream:  # one that has begun ends with the error
+            first, last = events(await one.ask(HALF, stream=True))
+            assert first["choices"][0]["text"] == "x"
+            assert "0.2 s" in last["error"]["message"]
+        await one.until(lambda: one.front.client.num_running == 0)
+
+    run(story, request_timeout_s=0.2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_that_have_no_answer(stream):
+    async def story(one: World) -> None:
+        assert error(await one.ask(ERROR, stream=stream))["message"] == "it overflows"
+        late = await one.ask(REJECT, stream=stream)
+        assert (late.status_code, error(late)["message"]) == (503, "too late")
+        assert late.headers["retry-after"] == "1"
+
+    run(story)
+
+
+@pytest.mark.parametrize(("mode", "words"), [(EXIT, "exit code 3"), (FAIL, "a step failed")])
+def test_a_dead_engine_is_noticed(mode, words):
+    async def story(one: World) -> None:
+        waiting = [asyncio.create_task(one.ask(SILENCE)) for _ in range(2)]
+        streaming = asyncio.create_task(one.ask(HALF, stream=True))
+        await one.until(lambda: one.front.client.num_running == 3)
+        await asyncio.sleep(0.1)  # the stream has begun
+        dying = await one.ask(mode)
+        assert dying.status_code == 503
+        for response in await asyncio.gather(*waiting):
+            assert error(response)["type"] == "ServiceUnavailableError"
+        assert "dead" in events(await streaming)[-1]["error"]["message"]
+        assert (await one.client.get("/health")).status_code == 503
+        assert (await one.ask()).status_code == 503
+        status = (await one.client.get("/status")).json()
+        assert (status["state"], status["pool"]) == ("dead", None)
+        assert words in status["failure"]
+        assert "vllm:num_requests_running" in (await one.client.get("/metrics")).text
+
+    run(story)
+
+
+def test_an_engine_that_dies_while_an_adapter_loads(tmp_path):
+    async def story(one: World) -> None:
+        body = {"lora_name": "hangs", "lora_path": str(tmp_path / "a")}
+        response = await one.client.post("/v1/load_lora_adapter", json=body)
+        assert response.status_code == 503
+        assert (await one.client.get("/v1/models/hangs")).status_code == 404
+
+    (tmp_path / "a").mkdir()
+    run(story, allow_runtime_lora_updating=True, lora_roots=(tmp_path,))
+
+
+def test_a_dead_engine_is_started_again(tmp_path, caplog):
+    """With what had been loaded, as far as it is still there."""
+
+    async def story(one: World) -> None:
+        body = {"lora_name": "mine", "lora_path": str(tmp_path)}
+        assert (await one.client.post("/v1/load_lora_adapter", json=body)).status_code == 200
+        assert (await one.ask(model="mine")).status_code == 200
+        assert (await one.ask(EXIT)).status_code == 503
+        assert "is being started again" in error(await one.ask())["message"]
+        await one.until(lambda: one.front.client.num_restarts == 1)
+        await one.ready()
+        assert (await one.ask()).status_code == 200
+        assert (await one.client.get("/health")).status_code == 200
+        assert (await one.ask(model="mine")).status_code == 404  # the fake one has lost it
+        assert "slora:engine_restarts_total" in (await one.client.get("/metrics")).text
+
+    run(story, restart=True, allow_runtime_lora_updating=True, lora_roots=(tmp_path,))
+    assert "an adapter is lost" in caplog.text
+
+
+def test_an_engine_that_cannot_start():
+    async def story(one: World) -> None:
+        await one.until(lambda: one.front.client.state is State.DEAD)
+        assert one.front.client.failure == "this model is not supported"
+        assert one.front.client.ready is None
+
+    run(story, wait=False, restart=True, options={"refused": True})
+
+
+def test_an_engine_that_loads():
+    async def story(one: World) -> None:
+        response = await one.ask()
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert (await one.client.get("/health")).status_code == 503
+        await one.ready()
+        assert (await one.client.get("/health")).status_code == 200
+
+    run(story, wait=False)
+
+
+def test_an_engine_that_hangs(monkeypatch):
+    async def story(one: World) -> None:
+        assert (await one.client.get("/health")).status_code == 200
+        monkeypatch.setattr("server.engine_client._SILENCE_S", -1.0)
+        response = await one.client.get("/health")
+        assert "said nothing" in error(response)["message"]
+
+    run(story)
+
+
+def test_draining():
+    """Those in progress end, no others begin, and whoever takes too long is cut off."""
+
+    async def story(one: World) -> None:
+        answered = asyncio.create_task(one.ask(max_tokens=100))
+        silent = asyncio.create_task(one.ask(SILENCE))
+        streaming = asyncio.create_task(one.ask(HALF, stream=True))
+        await one.until(lambda: one.front.client.num_running == 3)
+        await asyncio.sleep(0.1)
+        draining = asyncio.create_task(one.front.drain())
+        await asyncio.sleep(0)
+        assert "shutting down" in error(await one.ask())["message"]
+        assert (await one.client.get("/health")).status_code == 503
+        assert (await answered).status_code == 200
+        await draining
+        assert error(await silent)["code"] == 503
+        assert events(await streaming)[-1]["error"]["code"] == 503
+
+    run(story, shutdown_timeout_s=0.7)
+
+
+def test_logs_hold_no_prompts(caplog):
+    async def story(one: World) -> None:
+        headers = {"X-Request-Id": "mine-1"}
+        body = {"model": "base", "prompt": "secret words", "max_tokens": 3, "stop": "hidden"}
+        response = await one.client.post("/v1/completions", json=body, headers=headers)
+        assert response.headers["x-request-id"] == "mine-1"
+        odd = await one.client.get("/v1/models", headers={"X-Request-Id": "a b\tc"})
+        assert len(odd.headers["x-request-id"]) == 32
+        bad = {"model": "base", "prompt": "secret words", "top_p": "secret"}
+        await one.client.post("/v1/completions", json=bad)
+
+    with caplog.at_level(logging.INFO, "slora_jax.server"):
+        run(story)
+    records = {r.request_id: r.__dict__ for r in caplog.records if r.message == "request"}
+    assert {"model": "base", "status": 200, "completion_tokens": 3}.items() <= records[
+        "mine-1"
+    ].items()
+    assert records["mine-1"]["first_token_s"] > 0
+    assert "secret" not in str([record.__dict__ for record in caplog.records])
+    assert "hidden" not in str([record.__dict__ for record in caplog.records])
+
+
+def test_logs_hold_prompts_if_told_so(caplog):
+    async def story(one: World) -> None:
+        await one.ask(prompt="secret words")
+
+    with caplog.at_level(logging.INFO, "slora_jax.server"):
+        run(story, enable_log_requests=True)
+    assert "secret words" in str([record.__dict__ for record in caplog.records])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"allow_runtime_lora_updating": True}, "lora_roots"),
+        ({"lora_dir": Path("/nowhere")}, "no such directory"),
+        ({"api_keys": ("",)}, "api_keys"),
+        ({"max_body_mib": 0}, "max_body_mib"),
+        ({"request_timeout_s": 0.0}, "request_timeout_s"),
+        ({"max_queued_requests": -1}, "max_queued_requests"),
+        ({"shutdown_timeout_s": -1.0}, "shutdown_timeout_s"),
+        ({"served_model_names": ()}, "served_model_names"),
+    ],
+)
+def test_settings_out_of_range(fields, words):
+    good = {"model": BASE_MODEL, "served_model_names": ("base",)}
+    with pytest.raises(ValueError, match=words):
+        ServerConfig(**good | fields)
