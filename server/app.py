@@ -3,7 +3,6 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
@@ -22,6 +21,7 @@ from server.errors import HttpError, Invalid, as_http_error
 from server.frontend import FrontEnd
 from server.middleware import ApiKeys, BodyLimit, RequestLog, as_error, error_response
 from server.routes import completions, models, operations
+from slora_jax import __version__
 from slora_jax.core import RequestError
 from slora_jax.openai.errors import as_request_error
 
@@ -46,7 +46,7 @@ def make_app(front: FrontEnd) -> FastAPI:
 
     app = FastAPI(
         title="slora-jax",
-        version=importlib.metadata.version("slora-jax"),
+        version=__version__,
         summary="One base Llama and many LoRA adapters, under OpenAI's API with vLLM's extensions.",
         lifespan=lifespan,
         docs_url=None,  # the pages of FastAPI's load scripts from elsewhere

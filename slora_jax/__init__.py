@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from slora_jax.core import SamplingParams as SamplingParams
     from slora_jax.engine.engine import Engine as Engine
 
+__version__ = "0.1.0"
+
 _HOME = {
     "AdapterError": "slora_jax.adapters.peft",
     "Engine": "slora_jax.engine.engine",
@@ -44,6 +46,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "__version__",
 ]
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probes, metrics, and what the page at / shows; text to tokens and back."""
 
-import importlib.metadata
-
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -11,6 +9,7 @@ from server.engine_client import State
 from server.errors import Invalid, NotFound, Unavailable
 from server.metrics import max_lora
 from server.routes.common import API_KEY, BODY_ERRORS, Front, JsonRoute, documented
+from slora_jax import __version__
 from slora_jax.openai.errors import UnknownModelError
 from slora_jax.openai.selection import find_adapter
 from slora_jax.openai.tokenization import (
@@ -55,7 +54,7 @@ class Version(BaseModel):
 @router.get("/version")
 async def version() -> Version:
     """Of slora-jax."""
-    return Version(version=importlib.metadata.version("slora-jax"))
+    return Version(version=__version__)
 
 
 class ResidentAdapter(BaseModel):
