@@ -26,7 +26,7 @@ type Line = dict[str, Any]
 _IDENTITY = (
     "device", "benchmark", "case", "model", "backend",
     "shape", "dtype", "batch", "prompt", "output", "adapters", "rank",
-    "adapters_of", "arrivals_are", "fit",
+    "adapters_of", "arrivals_are", "fit", "streams",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def report(lines: Sequence[Line]) -> str:
     for device in dict.fromkeys(line["device"] for line in lines):
         own = [line for line in lines if line["device"] == device]
         parts += [_heading(device, own), _steps(own), _kernels(own), _loads(own), _curve(own)]
+        parts.append(_serving(own))
     if any(map(_is_plotted, lines)):
         parts.append(f"![Time at the limit over time measured, of every kernel]({PLOT})")
     if any(line["benchmark"] == "adapters_curve" for line in lines):
@@ -164,6 +165,26 @@ def _curve(lines: Sequence[Line]) -> str:
         if line["benchmark"] == "adapters_curve"
     ]
     heads = ("Adapters", "loads, of requests", "tokens/s", "step, ms", "first token, ms", "p99")
+    return _table(heads, rows)
+
+
+def _serving(lines: Sequence[Line]) -> str:
+    """The same requests without HTTP, and as open streams of it."""
+    rows = [
+        [
+            f"{line['shape']}, {line['batch']} at a time, {line['streams']} requests of "
+            f"{line['prompt']} + {line['output']}, {_adapters(line)}",
+            how,
+            f"{line[f'step_ms{key}']:.2f}",
+            f"{line[f'gap_p99_ms{key}']:.1f}",
+            f"{line[f'ttft_ms{key}']:.0f}",
+            f"{line[f'tokens_per_s{key}']:.0f}",
+        ]
+        for line in lines
+        if line["benchmark"] == "serving"
+        for how, key in (("without HTTP", "_offline"), ("streams over HTTP", ""))
+    ]
+    heads = ("Serving", "", "per token, ms", "p99", "first token, ms", "tokens/s")
     return _table(heads, rows)
 
 

@@ -128,6 +128,17 @@ def test_tables_of_loads():
     assert "| 96, 96 fit | 4 of 512 | 5000 | 7.60 | 30 | 41 |" in text
 
 
+def test_a_table_of_serving():
+    line = {**WHERE, "benchmark": "serving", "shape": "llama-2-7b", "batch": 256, "streams": 500}
+    line |= {"prompt": 128, "output": 64, "adapters": 8, "rank": 16}
+    line |= {"step_ms": 22.609, "gap_p99_ms": 30.01, "ttft_ms": 2317.5, "tokens_per_s": 8388.4}
+    line |= {f"{name}_offline": 10.0 for name in line if name.endswith(("_ms", "_per_s"))}
+    what = "llama-2-7b, 256 at a time, 500 requests of 128 + 64, 8 of rank 16"
+    text = report([line])
+    assert f"| {what} | without HTTP | 10.00 | 10.0 | 10 | 10 |" in text
+    assert f"| {what} | streams over HTTP | 22.61 | 30.0 | 2318 | 8388 |" in text
+
+
 def test_the_curve_is_well_formed():
     picture = ElementTree.fromstring(plot_curve([LOAD, *CURVES]))
     assert sum(e.tag.endswith("polyline") for e in picture) == 2

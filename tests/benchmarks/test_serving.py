@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of HTTP runs on a CPU, and every token of both ways is in its figures."""
+
+import json
+
+from benchmarks import serving
+from benchmarks.report import report
+
+ARGUMENTS = "--shape tiny --batch 4 --streams 6 --prompt 8 --output 64 --adapters 2 --rank 8"
+
+
+def test_served_takes_times_between_a_requests_own_tokens():
+    one = serving.served(10.0, [[11.0, 12.0, 14.0], [11.5, 13.5, 15.5]], tokens=3)
+    assert one.per_token == [1.5, 2.0]
+    assert one.first_token == [1.0, 1.5]
+    assert one.gaps == [1.0, 2.0, 2.0, 2.0]
+    assert one.whole == 5.5
+
+
+def test_both_ways(capfd, tmp_path):
+    file = tmp_path / "results.jsonl"
+    assert serving.main([*ARGUMENTS.split(), "--results", str(file)]) == 0
+    [line] = [json.loads(text) for text in file.read_text().splitlines()]
+    assert json.loads(capfd.readouterr().out) == line
+    for name in ("step_ms", "gap_p99_ms", "ttft_ms", "tokens_per_s"):
+        assert line[name] > 0
+        assert line[f"{name}_offline"] > 0
+    assert line["ratio"] == round(line["limit_us"] / line["us"], 3)
+    assert "| tiny, 4 at a time, 6 requests of 8 + 64, 2 of rank 8 | without HTTP |" in report(
+        [line]
+    )
