@@ -90,3 +90,12 @@ def test_scheduling_runs_without_jax(package):
     names = ", ".join(name.removesuffix(".__init__") for name in modules)
     check = f"import sys, {names}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
+def test_the_front_end_runs_without_jax():
+    """It starts at once, holds no device, and forks nothing that does."""
+    modules = [f"server.{path.stem}" for path in sources("server") if path.parent.name == "server"]
+    modules += [f"server.routes.{path.stem}" for path in sources("server/routes")]
+    names = ", ".join(name.removesuffix(".__init__") for name in modules)
+    check = f"import sys, {names}; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

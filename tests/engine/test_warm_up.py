@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the warm-up no request waits for a compiler, whatever adapter it asks for."""
+
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from slora_jax import Engine, SamplingParams
+from slora_jax.config import LAYER_MODULES
+from slora_jax.demo import BASE_MODEL
+from slora_jax.hf_config import read_model_config
+from tests.adapters.make import write_adapter
+
+CONFIG = read_model_config(BASE_MODEL)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    modules = {"attention": ("q_proj", "v_proj"), "all": LAYER_MODULES, "head": ("lm_head",)}
+    return {
+        name: write_adapter(root / name, CONFIG, seed=seed, rank=2, modules=names)
+        for seed, (name, names) in enumerate(modules.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def engine(adapters: dict[str, Path]) -> Engine:
+    engine = Engine(
+        BASE_MODEL,
+        adapters=adapters,
+        num_pages=300,
+        max_model_len=64,
+        max_num_seqs=8,
+        max_num_batched_tokens=16,
+        decode_batch_sizes=(8,),
+        max_loras=4,
+        max_lora_rank=4,
+    )
+    engine.warm_up()
+    return engine
+
+
+def compiled(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What JAX says that it compiles."""
+    return [m for m in caplog.messages if m.startswith(("Compiling", "Finished XLA compilation"))]
+
+
+def test_compilations_are_noticed(caplog):
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        jax.jit(lambda x: x + len(caplog.messages))(np.arange(3))
+    assert compiled(caplog)
+
+
+def test_nothing_is_counted(engine):
+    stats = engine.stats()
+    assert (stats.hits, stats.misses, stats.evictions) == (0, 0, 0)
+    assert stats.load_seconds == ()
+    assert (stats.running, stats.waiting, stats.kv_pages) == (0, 0, 0)
+    engine.check()
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3, 8])
+@pytest.mark.parametrize("prompt", [1, 5, 40])
+def test_no_request_waits_for_the_compiler(engine, adapters, caplog, requests, prompt):
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    sampled = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=4, ignore_eos=True)
+    names = [None, *adapters]
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        for name in names:
+            engine.generate([[7] * prompt] * requests, greedy, adapters=name)
+        mixed = [names[number % len(names)] for number in range(requests)]
+        engine.generate([[7] * prompt] * requests, greedy, adapters=mixed)
+        engine.generate([[7] * prompt] * requests, sampled)
+    assert compiled(caplog) == []
+
+
+def test_an_adapter_of_known_modules_compiles_nothing(engine, caplog, tmp_path):
+    """As those that are loaded while a server runs."""
+    write_adapter(tmp_path / "new", CONFIG, seed=9, rank=3, modules=("q_proj", "down_proj"))
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        engine.load_adapter("new", tmp_path / "new")
+        engine.generate([[7] * 5], SamplingParams(temperature=0, max_tokens=4), adapters="new")
+    assert compiled(caplog) == []
