@@ -121,6 +121,20 @@ def test_bodies_have_a_limit():
     run(story, max_body_mib=2048 / 2**20)
 
 
+def test_bodies_arrive_in_time(monkeypatch):
+    async def story(one: World) -> None:
+        async def in_pieces():
+            yield b"{"
+            await asyncio.sleep(5)
+
+        headers = {"Content-Type": "application/json"}
+        response = await one.client.post("/v1/completions", content=in_pieces(), headers=headers)
+        assert error(response)["type"] == "RequestTimeoutError"
+
+    monkeypatch.setattr("server.middleware._BODY_S", 0.1)
+    run(story)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -35,69 +35,106 @@ def ask(server: RunningServer, **fields) -> httpx.Response:
     return server.post("/v1/completions", LONG | fields)
 
 
-def under_load(server: RunningServer, threads: ThreadPoolExecutor, count: int, **fields) -> list:
-    """Requests that have begun to be served."""
-    futures = [threads.submit(ask, server, **fields) for _ in range(count)]
-    server.wait_for(lambda: server.status()["running"] > 0)
-    return futures
+class Load:
+    """Clients that ask again and again, until they are not served any more.
+
+    However fast the machine is, there are requests in progress when something is killed.
+
+    Args:
+        server: that is asked.
+        clients: at once.
+        fields: of their requests.
+    """
+
+    def __init__(self, server: RunningServer, clients: int, **fields) -> None:
+        self._server = server
+        self._fields = fields
+        self._threads = ThreadPoolExecutor(clients)
+        self._clients = [self._threads.submit(self._keep_asking) for _ in range(clients)]
+
+    def _keep_asking(self) -> list[tuple[float, httpx.Response | None]]:
+        """When each was sent, and its response; None: the connection failed."""
+        asked: list[tuple[float, httpx.Response | None]] = []
+        while True:
+            sent = time.monotonic()
+            try:
+                response = ask(self._server, **self._fields)
+            except httpx.TransportError:
+                return [*asked, (sent, None)]
+            asked.append((sent, response))
+            if response.status_code != 200 or '"error"' in response.text:
+                return asked
+
+    def responses(self, sent_before: float) -> list[httpx.Response]:
+        """Of all requests that were sent before a time; each has one."""
+        asked = [one for client in self._clients for one in client.result()]
+        self._threads.shutdown()
+        found = [response for sent, response in asked if sent < sent_before]
+        assert None not in found, "a connection broke off"
+        return [response for response in found if response is not None]
 
 
 def test_sigterm_drains(start):
     server = start()
     engine = server.engine_pid()
-    with ThreadPoolExecutor(40) as threads:
-        # As much as takes seconds, half of it as streams.
-        whole = under_load(server, threads, 16, n=8)
-        streams = [threads.submit(ask, server, stream=True, n=4) for _ in range(16)]
-        server.wait_for(lambda: server.status()["waiting"] > 100)
-        server.process.send_signal(signal.SIGTERM)
-        refused = []
-        while server.process.poll() is None and not refused:
-            status = server.health()
-            refused += [status] if status == 503 else []
-        assert server.process.wait(60) == 0
-        assert refused, "/health did not say that it is going"
-        for future in whole:
-            choices = future.result().json()["choices"]
+    whole, streams = Load(server, 16, n=8), Load(server, 16, n=4, stream=True)
+    server.wait_for(lambda: server.status()["waiting"] > 100)
+    before = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    refused = []
+    while server.process.poll() is None and not refused:
+        status = server.health()
+        refused += [status] if status == 503 else []
+    assert server.process.wait(60) == 0
+    assert refused, "/health did not say that it is going"
+    # The signal may be faster than those that were sent last.
+    assert "requests are cut off" not in server.log.read_text()
+    answers, streams = whole.responses(before), streams.responses(before)
+    assert {response.status_code for response in answers + streams} <= {200, 503}
+    for response in answers:
+        if response.status_code == 200:
+            choices = response.json()["choices"]
             assert [choice["finish_reason"] for choice in choices] == ["length"] * 8
-        for future in streams:
-            assert future.result().text.endswith("data: [DONE]\n\n")
-            assert '"error"' not in future.result().text
+    for response in streams:
+        if response.status_code == 200:
+            assert response.text.endswith("data: [DONE]\n\n")
+            assert '"error"' not in response.text
     assert not is_alive(engine)
     assert "Fatal" not in server.log.read_text()
 
 
 def test_sigterm_cuts_off_what_takes_too_long(start):
     server = start("--shutdown-timeout-s", "0")
-    with ThreadPoolExecutor(40) as threads:
-        whole = under_load(server, threads, 32, n=8)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
-        codes = {future.result().status_code for future in whole}
-        assert 503 in codes
-        assert codes <= {200, 503}
+    load = Load(server, 32, n=8)
+    server.wait_for(lambda: server.status()["waiting"] > 100)
+    before = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+    codes = {response.status_code for response in load.responses(before)}
+    assert codes == {200, 503} or codes == {503}
 
 
 def test_a_second_signal_stops_at_once(start):
     server = start()
-    with ThreadPoolExecutor(40) as threads:
-        under_load(server, threads, 32, n=8)
-        server.process.send_signal(signal.SIGINT)
-        server.wait_for(lambda: server.health() == 503)
-        server.process.send_signal(signal.SIGINT)
-        server.process.wait(15)
+    Load(server, 32, n=16)
+    server.wait_for(lambda: server.status()["waiting"] > 400)
+    server.process.send_signal(signal.SIGINT)
+    server.wait_for(lambda: server.health() == 503)
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(15)
 
 
 def test_the_engine_is_killed(start):
     server = start()
-    with ThreadPoolExecutor(40) as threads:
-        whole = under_load(server, threads, 32, n=8)
-        stream = threads.submit(ask, server, stream=True)
-        os.kill(server.engine_pid(), signal.SIGKILL)
-        codes = [future.result().status_code for future in whole]
-        assert set(codes) <= {200, 503}
-        assert 503 in codes
-        assert "ServiceUnavailableError" in stream.result().text
+    whole, streams = Load(server, 16, n=8), Load(server, 16, n=4, stream=True)
+    server.wait_for(lambda: server.status()["waiting"] > 100)
+    before = time.monotonic()
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    codes = {response.status_code for response in whole.responses(before)}
+    assert codes == {200, 503} or codes == {503}
+    broken = [one.text for one in streams.responses(before) if '"error"' in one.text]
+    assert broken
+    assert all("ServiceUnavailableError" in text for text in broken)
     assert server.health() == 503
     assert ask(server).status_code == 503
     assert "exit code -9" in server.status()["failure"]
