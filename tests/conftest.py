@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """While testing, the shapes in the signatures of the operations on the pool are checked.
 
-Only theirs: pytrees of weights are also made of shapes and specs, which are no arrays.
+Only theirs: pytrees of weights are also made of shapes and specs, which are no arrays. Nothing is
+timed: examples have no deadline.
 """
 
 import importlib.util
@@ -13,5 +14,11 @@ from jaxtyping import install_import_hook
 # the machine has cores can deadlock. XLA reads this once, when JAX makes its CPU client.
 os.environ.setdefault("NPROC", "16")
 
+# Where a GPU is tested, these two may be missing.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("slora", deadline=None)
+    settings.load_profile("slora")
 if importlib.util.find_spec("beartype") is not None:
     install_import_hook("pallas_kernels", "beartype.beartype")

@@ -118,7 +118,7 @@ def _add_fields(group: Any, options: type[SchedulingOptions], texts: Mapping[str
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             default=field.default,
-            help=text if field.default is None else f"{text} (default: %(default)s)",
+            help=text if field.default is None else f"{text} (default: {field.default})",
             **_value_options(hints[field.name]),
         )
 

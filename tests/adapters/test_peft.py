@@ -142,9 +142,7 @@ patterns = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rank=ranks,
     alpha=alphas,

@@ -167,4 +167,4 @@ class AdapterMachine(RuleBasedStateMachine):
 
 
 TestAdapterMachine = AdapterMachine.TestCase
-TestAdapterMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestAdapterMachine.settings = settings(max_examples=200, stateful_step_count=50)

@@ -55,7 +55,6 @@ def steps(draw: st.DrawFn) -> tuple[StepPlan, dict[str, int]]:
     return plan_of(rows, page_size), limits
 
 
-@settings(deadline=None)
 @given(steps())
 def test_what_is_packed_comes_out_where_it_belongs(step):
     plan, limits = step
@@ -104,7 +103,7 @@ def test_decodes_take_the_next_power_of_two(max_num_seqs):
         assert buckets.of(plan) == Bucket(rows, rows, min(rows, 4), rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 600))
 def test_prompts_take_the_smallest_of_a_few_sizes(max_num_batched_tokens):
     buckets = Buckets(

@@ -55,7 +55,7 @@ def test_greedy_takes_the_lowest_id_among_equals():
     assert tokens.dtype == jnp.int32
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ranks=st.permutations(range(VOCAB)),
     temperature=st.floats(0.5, 2),

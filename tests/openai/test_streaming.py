@@ -24,7 +24,7 @@ assert TOKENIZER is not None
 TEXTS = TokenTexts(TOKENIZER)
 MOST = 3  # candidates for each position
 
-EXAMPLES = settings(max_examples=150, deadline=None)
+EXAMPLES = settings(max_examples=150)
 
 # Whole characters of one to four bytes, and any bytes at all: a token is a byte.
 BYTES = st.text("ab é漢🙂", max_size=6).map(lambda text: list(text.encode()))

@@ -51,7 +51,7 @@ def test_a_plan_with_more_parts_than_steps_is_refused():
         mosaic.skinny_matmul(jnp.ones((16, 64)), jnp.ones((64, 64)), plan=Plan(64, 2, 3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tokens=st.integers(1, 128), outputs=st.integers(1, 500), inputs=st.integers(1, 500))
 def test_every_shape_has_a_plan(tokens, outputs, inputs):
     """One that fits into shared memory, and in which every token's sum is finished once."""

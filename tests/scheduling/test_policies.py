@@ -116,7 +116,7 @@ MACHINES = {
 
 @pytest.mark.parametrize("policy", MACHINES)
 def test_histories(policy):
-    few = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    few = settings(max_examples=60, stateful_step_count=40)
     run_state_machine_as_test(MACHINES[policy], settings=few)
 
 

@@ -15,7 +15,7 @@ class StrictMachine(ServingMachine):
 
 
 TestServing = StrictMachine.TestCase
-TestServing.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestServing.settings = settings(max_examples=100, stateful_step_count=60)
 
 
 def requests_of(plan: StepPlan | None) -> set[Request]:

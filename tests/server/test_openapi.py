@@ -75,7 +75,7 @@ def test_answers_are_as_described(schema, path, mode):
     for operation in schema[path].values():
 
         @given(case=operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=25, suppress_health_check=list(HealthCheck))
         def check(case):
             response = case.call(timeout=60)
             checks = [CHECKS.get_one(name) for name in CONFORMANCE]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/serving.md names what there is: the server's options, with their defaults, and metrics."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.command import add_arguments
+
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+
+
+def section(title: str) -> str:
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_option_of_the_server():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    [group] = [group for group in parser._action_groups if group.title == "server"]
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", section("Options"), flags=re.MULTILINE)
+    described = {
+        flag: default for flags, default in rows for flag in re.findall(r"--[\w-]+", flags)
+    }
+    actual = {action.option_strings[0]: action.default for action in group._group_actions}
+    assert described.keys() == actual.keys()
+    for flag, default in actual.items():
+        if isinstance(default, float | int) and not isinstance(default, bool):
+            assert f"{default:g}" in described[flag], flag
+        elif isinstance(default, str):
+            assert default in described[flag], flag
+
+
+def test_every_metric(server):
+    server.post("/v1/completions", {"model": "upper", "prompt": "hello", "temperature": 0})
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    actual = {f.name + ("_total" if f.type == "counter" else "") for f in families}
+    described = set(re.findall(r"`((?:vllm|slora):\w+)`", section("Metrics")))
+    assert described == {name for name in actual if not name.endswith("_created")}
+
+
+def test_the_line_of_a_log(server):
+    [shown] = re.findall(r"```json\n(.*?)\n```", section("Logs"), flags=re.DOTALL)
+    body = {"model": "upper", "prompt": "hello", "temperature": 0, "stream": True}
+    server.post("/v1/completions", body, headers={"X-Request-Id": "of-the-document"})
+    written: list[dict] = []
+
+    def is_written() -> bool:
+        written[:] = [one for one in server.lines() if one.get("request_id") == "of-the-document"]
+        return bool(written)
+
+    server.wait_for(is_written)
+    assert list(written[0]) == list(json.loads(shown))
