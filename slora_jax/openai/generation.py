@@ -48,6 +48,13 @@ IGNORED: Mapping[str, str] = {
 }
 
 
+def refuse(body: Mapping[str, Any], refused: Mapping[str, tuple[object, str]]) -> None:
+    """Raises RequestError if a field that is not implemented has another than its neutral value."""
+    for name, (neutral, remedy) in refused.items():
+        if body.get(name) not in (None, neutral):
+            raise RequestError(f"{name} is not supported: {remedy}", name)
+
+
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # larger ones mean nothing to anybody
 
 
@@ -121,9 +128,7 @@ class GenerationRequest(BaseModel):
         """Refuses what is not implemented, and takes null for the default."""
         if not isinstance(body, dict):
             return body
-        for name, (neutral, remedy) in cls.refused.items():
-            if body.get(name) not in (None, neutral):
-                raise RequestError(f"{name} is not supported: {remedy}", name)
+        refuse(body, cls.refused)
         return {k: v for k, v in body.items() if v is not None or k == "max_tokens"}
 
     @model_validator(mode="after")

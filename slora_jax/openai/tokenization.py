@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slora_jax.core import RequestError
-from slora_jax.openai.chat import ChatTemplateFields, Message
-from slora_jax.openai.generation import Int64
+from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields, Message
+from slora_jax.openai.generation import Int64, refuse
 
 
 class TokenizeRequest(ChatTemplateFields):
@@ -22,6 +23,12 @@ class TokenizeRequest(ChatTemplateFields):
         strict=True, json_schema_extra={"examples": [{"prompt": "hello reader"}]}
     )
 
+    # Those that would change the prompt.
+    refused: ClassVar[Mapping[str, tuple[object, str]]] = {
+        name: ChatCompletionRequest.refused[name]
+        for name in ("tools", "documents", "chat_template")
+    }
+
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
@@ -30,9 +37,11 @@ class TokenizeRequest(ChatTemplateFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_null_for_the_default(cls, body: Any) -> Any:
+    def _screen(cls, body: Any) -> Any:
+        """Refuses what is not implemented, and takes null for the default."""
         if not isinstance(body, dict):
             return body
+        refuse(body, cls.refused)
         return {name: value for name, value in body.items() if value is not None}
 
     @model_validator(mode="after")

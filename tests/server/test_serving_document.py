@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/serving.md names what there is: the server's options, with their defaults, and metrics."""
+"""What the README and docs/serving.md say of the server is so: options, metrics, examples."""
 
 import argparse
 import json
@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.command import add_arguments
 
-TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "serving.md").read_text()
 
 
 def section(title: str) -> str:
@@ -54,3 +55,9 @@ def test_the_line_of_a_log(server):
 
     server.wait_for(is_written)
     assert list(written[0]) == list(json.loads(shown))
+
+
+def test_the_readmes_example(server):
+    [body] = re.findall(r"-d '(\{.*?\})'", (ROOT / "README.md").read_text())
+    response = server.post("/v1/completions", json.loads(body))
+    assert response.json()["choices"][0]["text"] == "uryyb ernqre"
