@@ -2,6 +2,7 @@
 """Answers a request for generation, whole or as a stream, until it ends or nobody listens."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from slora_jax.openai.chat import ChatCompletionRequest
 from slora_jax.openai.completions import CompletionRequest
 from slora_jax.openai.errors import error_of
 
+_LAST_EVENT_S = 1.0  # in which a client reads the event that says that its time is over
 _CLIENT_GONE = 499  # for the log only: there is nobody to read it
 
 
@@ -45,17 +47,23 @@ class _EventStream(StreamingResponse):
     """Server-sent events that let go of what they hold however they end.
 
     Starlette cancels the iterator when the client disconnects, perhaps before it has begun: its own
-    `finally` would not do.
+    `finally` would not do. A client that does not read has no more time than others.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], held: ExitStack, deadline: "_Deadline"
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._held = held
+        self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            await super().__call__(scope, receive, send)
+        left = self._deadline.left
+        with self._held, contextlib.suppress(TimeoutError):
+            # Some time more than the events have, whose own end says why.
+            async with asyncio.timeout(None if left is None else left + _LAST_EVENT_S):
+                await super().__call__(scope, receive, send)
 
 
 async def answer(
@@ -85,12 +93,12 @@ async def answer(
                 outputs = await _while_connected(http.receive, waiting)
                 _check(outputs)
                 return Response(reply.response(outputs).to_json(), media_type="application/json")
-            pieces = await _while_connected(http.receive, deadline.keep(generation.next()))
-            _check(output for _, output in pieces)
+            waiting = deadline.keep(_next_events(generation, reply))
+            first = await _while_connected(http.receive, waiting)
         except _ClientGone:
             return Response(status_code=_CLIENT_GONE)
-        events = _events(generation, reply, request.includes_usage, pieces, deadline)
-        return _EventStream(events, held.pop_all())
+        events = _events(generation, reply, request.includes_usage, first, deadline)
+        return _EventStream(events, held.pop_all(), deadline)
 
 
 class _Deadline:
@@ -105,11 +113,15 @@ class _Deadline:
         self._seconds = seconds
         self._end = None if seconds is None else arrival + seconds
 
+    @property
+    def left(self) -> float | None:
+        """Seconds from now on; None: as long as it takes."""
+        return None if self._end is None else self._end - time.monotonic()
+
     async def keep[T](self, awaitable: Awaitable[T]) -> T:
         """Raises Unavailable if it takes longer."""
-        left = None if self._end is None else self._end - time.monotonic()
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(self.left):
                 return await awaitable
         except TimeoutError:
             raise Unavailable(
@@ -122,22 +134,25 @@ async def _events(
     generation: Generation,
     reply: Reply,
     includes_usage: bool,
-    pieces: list[tuple[int, RequestOutput]],
+    first: bytes,
     deadline: _Deadline,
 ) -> AsyncIterator[bytes]:
     try:
-        while True:
-            _check(output for _, output in pieces)
-            chunks = [chunk for piece in pieces for chunk in reply.chunks(*piece)]
-            yield _encoded(chunks)
-            if generation.finished:
-                break
-            pieces = await deadline.keep(generation.next())
+        yield first
+        while not generation.exhausted:  # more may have come while the client was slow to read
+            yield await deadline.keep(_next_events(generation, reply))
         if includes_usage:
             yield _encoded([reply.usage_chunk()])
     except HttpError as error:
         yield _encoded([error.body()])
     yield b"data: [DONE]\n\n"
+
+
+async def _next_events(generation: Generation, reply: Reply) -> bytes:
+    """Waits for something new, as events: written at once, as the outputs go on growing."""
+    pieces = await generation.next()
+    _check(output for _, output in pieces)
+    return _encoded(chunk for piece in pieces for chunk in reply.chunks(*piece))
 
 
 def _encoded(bodies: Iterable[_Body]) -> bytes:

@@ -3,7 +3,6 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,6 @@ from slora_jax.openai.errors import as_request_error
 
 _STATIC = Path(__file__).parent / "static"
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
-
-logger = logging.getLogger("slora_jax.server")
 
 
 def make_app(front: FrontEnd) -> FastAPI:
@@ -65,7 +62,6 @@ def make_app(front: FrontEnd) -> FastAPI:
     app.add_exception_handler(HttpError, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _starlette_error)
-    app.add_exception_handler(Exception, _unexpected)
     app.openapi = partial(_document, app)  # type: ignore[method-assign]
     return app
 
@@ -111,7 +107,3 @@ async def _starlette_error(request: Request, error: Exception) -> Response:
     response = error_response(as_error(error))
     response.headers.update(error.headers or {})
     return response
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    return error_response(HttpError("an internal error; the server's log says more"))

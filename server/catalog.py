@@ -2,8 +2,9 @@
 """The adapters that requests may name: those that are loaded, and those that could be."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,12 @@ from weakref import WeakValueDictionary
 from server.config import ServerConfig
 from server.engine_client import AdapterRefused, EngineClient
 from server.errors import Forbidden, Invalid, NotFound
-from slora_jax.openai.models import ModelCard
+from slora_jax.adapters.peft import Signature, signature_of
+from slora_jax.openai.models import ModelCard, is_adapter_name
 
 _CONFIG_FILE = "adapter_config.json"
+
+logger = logging.getLogger("slora_jax.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +28,15 @@ class Loaded:
     Attributes:
         path: its directory.
         pinned: whether it stays in the pool.
-        on_request: it came from `--lora-dir` when a request named it, and may so again.
         created: seconds since 1970.
+        signature: of its files, if it came from `--lora-dir` when a request named it: so it may
+            again, and is looked at by each request.
     """
 
     path: Path
     pinned: bool
-    on_request: bool
     created: int
+    signature: Signature | None = None
 
 
 class AdapterCatalog:
@@ -49,49 +54,53 @@ class AdapterCatalog:
         # One change of a name at a time; a lock is there while somebody has it.
         self._changes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._start = int(time.time())
-        self.loaded = {
-            name: Loaded(path, False, False, self._start) for name, path in config.lora_modules
-        }
+        self.loaded = {name: Loaded(path, False, self._start) for name, path in config.lora_modules}
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self.loaded or self._in_directory(name))
 
-    def restarting(self) -> dict[str, Loaded]:
-        """What a new engine is to load: all but what comes back by itself."""
-        self.loaded = {name: one for name, one in self.loaded.items() if not one.on_request}
+    def begin_anew(self) -> dict[str, Loaded]:
+        """What a new engine is to load; forgets what comes back by itself."""
+        self.loaded = {name: one for name, one in self.loaded.items() if one.signature is None}
         return self.loaded
 
     def forget(self, name: str) -> None:
         """Takes note that an engine does not have an adapter."""
         self.loaded.pop(name, None)
 
-    def cards(self) -> list[ModelCard]:
-        """The base model, then all adapters by name. May read the disk."""
+    async def cards(self) -> list[ModelCard]:
+        """The base model, then all adapters by name, those of `--lora-dir` included."""
+        names = {*await asyncio.to_thread(self._directory_names), *self.loaded}
+        return [self.card(name) for name in (*self._config.served_model_names, *sorted(names))]
+
+    def card(self, name: str) -> ModelCard:
+        """Of the base model or an adapter.
+
+        Raises:
+            NotFound: nothing has this name.
+        """
+        root, parent, created = self._config.model, None, self._start
+        if name not in self._config.served_model_names:
+            parent = self._config.base_name
+            if name in self.loaded:
+                root, created = self.loaded[name].path, self.loaded[name].created
+            elif self._config.lora_dir is not None and self._in_directory(name):
+                root = self._config.lora_dir / name
+            else:
+                raise NotFound(f"The model `{name}` does not exist.", "model")
         limit = None if self._client.ready is None else self._client.ready.max_model_len
-
-        def card(name: str, root: Path, parent: str | None, created: int) -> ModelCard:
-            return ModelCard(
-                id=name, created=created, root=str(root), parent=parent, max_model_len=limit
-            )
-
-        found = {name: (one.path, one.created) for name, one in self.loaded.items()}
-        for name in self._directory_names():
-            assert self._config.lora_dir is not None
-            found.setdefault(name, (self._config.lora_dir / name, self._start))
-        base = self._config.base_name
-        return [
-            *(card(one, self._config.model, None, self._start) for one in self._base_names()),
-            *(card(name, path, base, since) for name, (path, since) in sorted(found.items())),
-        ]
+        return ModelCard(
+            id=name, created=created, root=str(root), parent=parent, max_model_len=limit
+        )
 
     async def ensure_loaded(self, names: Sequence[str | None]) -> None:
-        """Has those loaded that only the disk has.
+        """Has those loaded that only the disk has, or has newer.
 
         Raises:
             Invalid: one of them is refused.
             Unavailable: the engine is not there.
         """
-        missing = {name for name in names if name is not None and name not in self.loaded}
+        missing = {name for name in names if name is not None and not self._is_current(name)}
         for name in missing:
             if name not in self._loads:
                 load = self._loads[name] = asyncio.create_task(self._load_from_directory(name))
@@ -124,7 +133,7 @@ class AdapterCatalog:
                 await self._client.load_adapter(name, directory, replace=replace, pinned=pinned)
             except AdapterRefused as error:
                 raise Invalid(str(error), "lora_path") from error
-            self.loaded[name] = Loaded(directory, pinned, False, int(time.time()))
+            self.loaded[name] = Loaded(directory, pinned, int(time.time()))
 
     async def unload(self, name: str) -> None:
         """Has new requests for an adapter refused; its memory is freed when the last one ends.
@@ -156,9 +165,6 @@ class AdapterCatalog:
             lock = self._changes[name] = asyncio.Lock()
         return lock
 
-    def _base_names(self) -> Iterator[str]:
-        yield from self._config.served_model_names
-
     # --lora-dir
 
     def _loaded_or_not(self, name: str, load: asyncio.Task[None]) -> None:
@@ -168,29 +174,43 @@ class AdapterCatalog:
 
     async def _load_from_directory(self, name: str) -> None:
         async with self._lock(name):
-            if name in self.loaded:
+            if self._is_current(name):
                 return
-            roots = self._config.adapter_roots
-            directory = await asyncio.to_thread(confined, name, roots[-1:], "model")
+            assert self._config.lora_dir is not None
+            directory = await asyncio.to_thread(confined, name, [self._config.lora_dir], "model")
+            signature, known = signature_of(directory), name in self.loaded
             try:
-                await self._client.load_adapter(name, directory, replace=False, pinned=False)
+                await self._client.load_adapter(name, directory, replace=known, pinned=False)
             except AdapterRefused as error:
-                raise Invalid(str(error), "model") from error
-            self.loaded[name] = Loaded(directory, False, True, int(time.time()))
+                if not known:
+                    raise Invalid(str(error), "model") from error
+                logger.warning(
+                    "an adapter has been written anew and is refused: what it was stays",
+                    extra={"adapter": name, "reason": str(error)},
+                )
+            self.loaded[name] = Loaded(directory, False, int(time.time()), signature)
+
+    def _is_current(self, name: str) -> bool:
+        """Whether the engine has what the disk has, as far as there still is something."""
+        one = self.loaded.get(name)
+        if one is None or one.signature is None:
+            return one is not None
+        return signature_of(one.path) == one.signature or not self._in_directory(name)
 
     def _in_directory(self, name: str) -> bool:
         root = self._config.lora_dir
-        if root is None or not name or "/" in name or "\0" in name or name in (".", ".."):
+        if root is None or not is_adapter_name(name) or "/" in name or name in (".", ".."):
             return False
         try:
             return (root / name / _CONFIG_FILE).is_file()
         except OSError:  # longer than a file's name may be
             return False
 
-    def _directory_names(self) -> Iterator[str]:
-        if self._config.lora_dir is not None:
-            for file in self._config.lora_dir.glob(f"*/{_CONFIG_FILE}"):
-                yield file.parent.name
+    def _directory_names(self) -> list[str]:
+        if self._config.lora_dir is None:
+            return []
+        names = (file.parent.name for file in self._config.lora_dir.glob(f"*/{_CONFIG_FILE}"))
+        return [name for name in names if is_adapter_name(name)]
 
 
 def confined(path: str, roots: Sequence[Path], param: str = "lora_path") -> Path:

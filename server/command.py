@@ -5,6 +5,7 @@ import argparse
 import asyncio
 import logging
 import os
+import socket
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -85,7 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until a signal ends it; 0 if it ended as told, 1 if the engine could not start."""
+    """Serves until a signal ends it; 0 if it ended as told.
+
+    Raises:
+        CommandError: an option is not supported, the port is taken, or the engine could not start.
+    """
     max_loras = args.max_loras
     _fill_in_demo(args)
     if args.max_loras is None:
@@ -99,11 +104,20 @@ def run(args: argparse.Namespace) -> int:
         front = FrontEnd(config, options, progress=progress, quiet=args.quiet)
     except (ValueError, TokenizerError) as error:
         raise CommandError(str(error)) from error
-    server = _Server(args, front)
-    server.run()
+    with _listen(args.host, args.port) as listening:  # before anything is loaded
+        server = _Server(args, front)
+        server.run([listening])
     if front.client.ready is None and front.client.state is State.DEAD and not server.told:
         raise CommandError(str(front.client.failure))
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise CommandError(f"can't listen on {host}, port {port}: {error}") from error
 
 
 def _fill_in_demo(args: argparse.Namespace) -> None:

@@ -143,20 +143,20 @@ class EngineClient:
             self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
             self._socket.linger = 0
             self._socket.set_hwm(0)
-            self._socket.bind(address)
-            launch = self._launch(address, self.ready is not None)
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                self._module,
-                stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,  # the front end handles the keyboard's interrupts
-            )
-            assert self._process.stdin is not None
-            self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
             listening = asyncio.create_task(self._listen(self._socket))
-            ending = asyncio.create_task(self._process.wait())
             try:
+                self._socket.bind(address)
+                launch = self._launch(address, self.ready is not None)
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    self._module,
+                    stdin=asyncio.subprocess.PIPE,
+                    start_new_session=True,  # the front end handles the keyboard's interrupts
+                )
+                assert self._process.stdin is not None
+                self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
+                ending = asyncio.create_task(self._process.wait())
                 await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
                 if ending.done() and ending.result() > 0:  # it was not killed: it says why
                     await asyncio.wait({listening}, timeout=_LAST_WORDS_S)
@@ -166,10 +166,12 @@ class EngineClient:
                     failure = f"its process ended with exit code {ending.result()}"
             finally:
                 listening.cancel()
-                await self._end_process()
-                self._socket.close()
-                self._socket = None
-                self._die(failure)
+                self._die(failure)  # at once: a process may take its time to end
+                try:
+                    await self._end_process()
+                finally:
+                    self._socket.close()
+                    self._socket = None
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> str:
         """Handles what the engine says; returns its last words."""
@@ -229,12 +231,17 @@ class EngineClient:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        self._send(Stop())
         try:
-            await asyncio.wait_for(process.wait(), _STOP_S)
+            if self._was_ready:  # while it loads, it does not listen
+                self._send(Stop())
+                async with asyncio.timeout(_STOP_S):
+                    await process.wait()
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            pass
+        finally:  # also when this is cancelled: there is one process at a time
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
     # Requests
 
@@ -261,16 +268,18 @@ class EngineClient:
     def generate(
         self,
         prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
         adapters: Sequence[str | None],
+        params: Sequence[SamplingParams],
         *,
         priority: int,
         arrival: float,
     ) -> Generation:
-        """Sends choices to the engine: a prompt, parameters and an adapter for each.
+        """Has the engine work on prompts, the choices of the first one first.
 
         Args:
-            prompts, params, adapters: of each choice.
+            prompts: their token ids.
+            adapters: of each prompt.
+            params: of each choice of a prompt, the same for all prompts.
             priority: lower goes first, under the policy "priority".
             arrival: when the request came, on the monotonic clock.
 
@@ -278,11 +287,20 @@ class EngineClient:
             Unavailable: it can't take requests.
         """
         self.check_ready()
-        ids = [f"{next(self._ids):x}" for _ in prompts]
-        generation = Generation(ids, prompts, adapters, arrival)
-        for index, asked in enumerate(zip(ids, prompts, params, adapters, strict=True)):
-            self._running[ids[index]] = generation, index
-            self._send(Generate(*asked, priority=priority))
+        asked = [
+            Generate([f"{next(self._ids):x}" for _ in params], prompt, [*params], adapter, priority)
+            for prompt, adapter in zip(prompts, adapters, strict=True)
+        ]
+        choices = [(name, one) for one in asked for name in one.ids]
+        generation = Generation(
+            [name for name, _ in choices],
+            [one.prompt for _, one in choices],
+            [one.adapter for _, one in choices],
+            arrival,
+        )
+        self._running |= {name: (generation, i) for i, (name, _) in enumerate(choices)}
+        for one in asked:
+            self._send(one)
         return generation
 
     def abort(self, generation: Generation) -> None:

@@ -101,16 +101,18 @@ class EngineProcess:
                 self._running = False
 
     def _add_request(self, asked: Generate) -> None:
-        try:
-            self._engine.add_request(
-                asked.prompt,
-                asked.params,
-                adapter=asked.adapter,
-                request_id=asked.id,
-                priority=asked.priority,
-            )
-        except RequestError as error:
-            self._send(Refused(asked.id, str(error), error.param))
+        for request_id, params in zip(asked.ids, asked.params, strict=True):
+            try:
+                self._engine.add_request(
+                    asked.prompt,
+                    params,
+                    adapter=asked.adapter,
+                    request_id=request_id,
+                    priority=asked.priority,
+                )
+            except RequestError as error:  # it would refuse the others for the same reason
+                self._send(Refused(request_id, str(error), error.param))
+                return
 
     def _load(self, asked: LoadAdapter) -> None:
         self._engine.load_adapter(
@@ -142,7 +144,7 @@ class EngineProcess:
 
     def _report(self) -> None:
         now = time.monotonic()
-        period = _REPORT_BUSY_S if self._engine.has_unfinished else 0.0
+        period = _REPORT_BUSY_S if self._engine.has_unfinished or self._calls else 0.0
         if now - self._reported >= period:
             self._reported = now
             self._send(Report(self._engine.stats()))
@@ -215,12 +217,15 @@ def _make_engine(launch: Launch) -> tuple["Engine", dict[str, str]]:
     if launch.restart:
         for name, path in launch.adapters.items():
             try:
-                engine.load_adapter(name, path, pinned=name in launch.pinned)
+                engine.load_adapter(name, path)
             except AdapterError as error:
                 failed[name] = str(error)
     else:
         engine.load_adapters(launch.adapters, progress=launch.progress)
     engine.warm_up(progress=launch.progress)
+    for name in launch.pinned:  # afterwards: the warm-up needs the room
+        if name not in failed:
+            engine.pin_adapter(name)
     return engine, failed
 
 

@@ -2,7 +2,6 @@
 """From a request's body to choices that the engine works on: admission, adapters, tokens."""
 
 import asyncio
-import itertools
 import logging
 import math
 import time
@@ -68,12 +67,11 @@ class FrontEnd:
         self.draining = False
         self._admitting = 0  # choices on their way to the engine
         self._open = 0  # requests that are being answered
-        self._ids = itertools.count()
 
     # The engine's life
 
     def _launch(self, address: str, restart: bool) -> Launch:
-        adapters = self.catalog.restarting()
+        adapters = self.catalog.begin_anew()
         return Launch(
             address=address,
             model=str(self.config.model),
@@ -90,6 +88,7 @@ class FrontEnd:
 
     def report(self, stats: EngineStats) -> None:
         self.metrics.report(stats)
+        self.metrics.keep_adapters(self.catalog.loaded)
 
     def ready(self, ready: Ready) -> None:
         logger.info("the engine is ready", extra={"device": ready.device, "pages": ready.num_pages})
@@ -141,11 +140,12 @@ class FrontEnd:
             base = self.config.served_model_names
             adapters = find_adapters(request, base, self.catalog)
             await self.catalog.ensure_loaded(adapters)
-            prompts = await self.prompts.prompts_of(request)
+            limit = self.client.check_ready().max_model_len
+            prompts = await self.prompts.prompts_of(request, limit)
             return self.client.generate(
-                [prompt for prompt in prompts for _ in params],
-                params * len(prompts),
-                [adapter for adapter in adapters for _ in params],
+                prompts,
+                adapters,
+                params,
                 priority=request.priority,
                 arrival=arrival,
             )
@@ -158,12 +158,9 @@ class FrontEnd:
         """Has the engine forget what is not finished: nobody waits for it any more."""
         left = sum(not choice.output.finished for choice in generation.choices)
         if left:
-            self.metrics.aborted(left)
+            if not generation.failed:
+                self.metrics.aborted(left)
             self.client.abort(generation)
-
-    def new_id(self) -> str:
-        """For a request that brings none."""
-        return f"{next(self._ids):x}"
 
     def _check_open(self) -> None:
         if self.draining:

@@ -57,7 +57,18 @@ class Generation:
 
     @property
     def finished(self) -> bool:
+        """Whether everything has come."""
         return self._unfinished == 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether everything has come and has been taken."""
+        return self.finished and not self._fresh
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ends with an error."""
+        return self._error is not None
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -94,11 +105,11 @@ class Generation:
         These outputs go on growing: read them before anything else is awaited.
 
         Raises:
-            HttpError: why nothing more will come.
+            HttpError: why nothing more will come, once all that has come is taken.
         """
         await self._news.wait()
-        self._news.clear()
-        if self._error is not None:
+        if not self._fresh:
+            assert self._error is not None
             raise self._error
         taken = []
         for index in self._fresh:
@@ -106,6 +117,8 @@ class Generation:
             taken.append((index, choice.output))
             choice.output = replace(choice.output, new_token_ids=[], new_text="")
         self._fresh.clear()
+        if self._error is None:
+            self._news.clear()
         return taken
 
     async def wait(self) -> list[RequestOutput]:

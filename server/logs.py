@@ -4,6 +4,7 @@
 import logging
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,11 @@ class RequestRecord:
         self.fields |= {
             "prompt_tokens": sum(len(choice.output.prompt_token_ids) for choice in choices),
             "completion_tokens": sum(len(choice.output.token_ids) for choice in choices),
-            "finish_reasons": [str(choice.output.finish_reason) for choice in choices],
+            "finish_reasons": Counter(
+                str(choice.output.finish_reason)
+                for choice in choices
+                if choice.output.finish_reason is not None
+            ),
         }
         if first is not None:
             self.fields["first_token_s"] = round(first - self.arrival, 6)

@@ -41,11 +41,11 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
-    """One choice of a request."""
+    """A prompt, with the id and the parameters of each of its choices."""
 
-    id: str
+    ids: list[str]
     prompt: list[int]
-    params: SamplingParams
+    params: list[SamplingParams]
     adapter: str | None
     priority: int
 

@@ -8,7 +8,7 @@ has no name for, or has only proposed one, is about single adapters and the page
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -39,6 +39,7 @@ _SECONDS = (
     300,
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000)
+_LEAST_S = 0.1
 _RATE_S = 5.0  # over which the rates of the page at / are taken
 
 
@@ -106,6 +107,7 @@ class Metrics:
             registry=self.registry,
         )
         self._recent: deque[tuple[float, int, int]] = deque()  # time, tokens and ends so far
+        self._adapters: set[str] = set()  # that have series
         self._tokens = 0
         self._ends = 0
         self.mean_first_token_s: float | None = None
@@ -117,6 +119,8 @@ class Metrics:
         choice = generation.choices[index]
         output = choice.output
         name = output.adapter or self._values[0]
+        if output.adapter is not None:
+            self._adapters.add(output.adapter)
         if tokens:
             if choice.first_token is None:
                 choice.first_token = now
@@ -131,6 +135,7 @@ class Metrics:
                 self._inter_token.observe(now - choice.last_token)
             choice.last_token = now
             self._output_tokens.inc(tokens)
+            self._adapter_tokens.labels(name).inc(tokens)
             self._tokens += tokens
         if output.finish_reason is not None:
             self._ended(generation, index, now)
@@ -141,7 +146,6 @@ class Metrics:
         output, first = choice.output, choice.first_token
         count = len(output.token_ids)
         self._success.labels(*self._values, str(output.finish_reason)).inc()
-        self._adapter_tokens.labels(output.adapter or self._values[0]).inc(count)
         self._whole.observe(now - generation.arrival)
         self._request_prompt.observe(len(output.prompt_token_ids))
         self._request_output.observe(count)
@@ -161,10 +165,13 @@ class Metrics:
         while self._recent[0][0] < now - _RATE_S:
             self._recent.popleft()
 
-    def forget_adapter(self, name: str) -> None:
-        """Drops the series of an adapter that is no more."""
-        for family in (self._adapter_first_token, self._adapter_tokens):
-            family.remove_by_labels({"adapter_name": name})
+    def keep_adapters(self, names: Container[str]) -> None:
+        """Drops the series of adapters that are no more."""
+        gone = {name for name in self._adapters if name not in names}
+        self._adapters -= gone
+        for name in gone:
+            for family in (self._adapter_first_token, self._adapter_tokens):
+                family.remove_by_labels({"adapter_name": name})
 
     @property
     def tokens_per_second(self) -> float:
@@ -180,7 +187,8 @@ class Metrics:
         if len(self._recent) < 2:
             return 0.0
         first, last = self._recent[0], self._recent[-1]
-        return (last[column] - first[column]) / (last[0] - first[0])
+        # Reports that came together after a stall say nothing of a rate.
+        return (last[column] - first[column]) / max(last[0] - first[0], _LEAST_S)
 
     def _smooth_first_token(self, seconds: float) -> None:
         before = self.mean_first_token_s

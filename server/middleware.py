@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import HttpError, TooLarge, TooSlow, Unauthorized
-from server.logs import RequestRecord
+from server.logs import RequestRecord, logger
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 _BODY_S = 60.0  # in which a body is to arrive
@@ -45,19 +45,25 @@ class RequestLog:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         record = RequestRecord(request_id, time.monotonic())
         scope.setdefault("state", {})["record"] = record
-        status = 500
+        status, begun = 500, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("a bug", extra={"request_id": request_id})
+            if begun:
+                raise  # closes the connection
+            error = HttpError("an internal error; the server's log says more")
+            await error_response(error)(scope, receive, send_with_id)
         finally:
-            if scope["path"] not in _QUIET_PATHS or status >= 500:
+            if scope["path"] not in _QUIET_PATHS:
                 record.write(scope["method"], scope["path"], status)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from server.errors import Invalid
+from slora_jax.core import RequestError, check_prompt_length
 from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields, Message
 from slora_jax.openai.completions import CompletionRequest
 from slora_jax.tokenizer import Tokenizer, TokenizerError
@@ -24,21 +25,35 @@ class PromptEncoder:
         self._tokenizer = tokenizer
 
     async def prompts_of(
-        self, request: CompletionRequest | ChatCompletionRequest
+        self, request: CompletionRequest | ChatCompletionRequest, max_model_len: int
     ) -> list[list[int]]:
         """Token ids of each of a request's prompts; those that it gives as such stay as they are.
 
+        Args:
+            request: what was asked.
+            max_model_len: most tokens of a prompt and its output.
+
         Raises:
             Invalid: there is no tokenizer, or it refuses a prompt.
+            RequestError: a prompt is too long.
         """
         if isinstance(request, ChatCompletionRequest):
-            return [await self.chat(request.messages, request, request.add_special_tokens)]
-        return [
-            await self.text(prompt, request.add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in request.prompts
-        ]
+            prompt = await self.chat(request.messages, request, request.add_special_tokens)
+            check_prompt_length(len(prompt), max_model_len)
+            return [prompt]
+        for prompt in request.prompts:
+            if not isinstance(prompt, str):
+                check_prompt_length(len(prompt), max_model_len)
+
+        def tokens_of(prompt: str | list[int]) -> list[int]:
+            if not isinstance(prompt, str):
+                return prompt
+            tokens = self.need_tokenizer().encode(prompt, request.add_special_tokens)
+            check_prompt_length(len(tokens), max_model_len)
+            return tokens
+
+        length = sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
+        return await self._run(lambda: [*map(tokens_of, request.prompts)], length, "prompt")
 
     async def text(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
@@ -65,9 +80,12 @@ class PromptEncoder:
             raise Invalid("the model has no tokenizer: send a prompt of token ids", "prompt")
         return self._tokenizer
 
-    async def _run(self, encode: Callable[[], list[int]], length: int, param: str) -> list[int]:
+    async def _run[T](self, encode: Callable[[], T], length: int, param: str) -> T:
+        """What `encode` gives for so many characters."""
         try:
             return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
+        except RequestError:
+            raise
         except TokenizerError as error:
             raise Invalid(str(error), param) from error
         except (TypeError, ValueError) as error:  # a lone surrogate, say

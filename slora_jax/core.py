@@ -39,6 +39,16 @@ class RequestError(ValueError):
         self.param = param
 
 
+def check_prompt_length(length: int, max_model_len: int) -> None:
+    """Raises RequestError unless there is room for a prompt of so many tokens and one of output."""
+    if length >= max_model_len:
+        raise RequestError(
+            f"the prompt has {length} tokens; with at least one token of output that is more than "
+            f"max_model_len {max_model_len}",
+            "prompt",
+        )
+
+
 class OverloadedError(RequestError):
     """The scheduling policy turned a request away; it may be tried again later. HTTP's 503."""
 

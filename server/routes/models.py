@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`/v1/models`, and adapters that come and go at run time."""
 
-import asyncio
-
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
-from server.errors import NotFound
 from server.routes.common import API_KEY, BODY_ERRORS, Front, JsonRoute, documented
 from slora_jax.openai.models import (
     LoadLoraAdapterRequest,
@@ -24,17 +21,13 @@ _DONE = {200: {"description": "Done.", "content": {"text/plain": {"example": "Su
 @router.get("/v1/models", responses=documented(401))
 async def list_models(front: Front) -> ModelList:
     """The base model and all adapters, those of `--lora-dir` that no request has named included."""
-    return ModelList(data=await asyncio.to_thread(front.catalog.cards))
+    return ModelList(data=await front.catalog.cards())
 
 
 @router.get("/v1/models/{model_id:path}", responses=documented(401, 404))
 async def show_model(model_id: str, front: Front) -> ModelCard:
     """The base model or an adapter."""
-    cards = await asyncio.to_thread(front.catalog.cards)
-    for card in cards:
-        if card.id == model_id:
-            return card
-    raise NotFound(f"The model `{model_id}` does not exist.", "model")
+    return front.catalog.card(model_id)
 
 
 @router.post(
@@ -67,5 +60,4 @@ async def unload_lora_adapter(body: UnloadLoraAdapterRequest, front: Front) -> R
     the same.
     """
     await front.catalog.unload(body.lora_name)
-    front.metrics.forget_adapter(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

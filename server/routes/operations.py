@@ -133,7 +133,7 @@ async def status(front: Front) -> Status:
         device=None if ready is None else ready.device,
         running=stats.running if stats else 0,
         waiting=stats.waiting if stats else 0,
-        tokens_per_second=front.metrics.tokens_per_second,
+        tokens_per_second=front.metrics.tokens_per_second if stats else 0.0,
         first_token_s=front.metrics.mean_first_token_s,
         pool=pool,
         residents=[

@@ -5,10 +5,13 @@ const CELLS = 256; // of the picture of the pool
 const PERIOD_MS = 500;
 const HISTORY = 120; // points of a minute
 const MOST_CHIPS = 60;
+const MODELS_EVERY = 20; // refreshes: adapters come and go
 
 const at = (id) => document.getElementById(id);
 const history = [];
 let base = "";
+let known = []; // names of models
+let refreshes = 0;
 let running = null; // the AbortController of the answer that is being streamed
 
 const headers = () => {
@@ -34,6 +37,8 @@ function choose(name) {
 async function loadModels() {
   const { data } = await ask("/v1/models");
   const names = data.map((card) => card.id);
+  if (names.join() === known.join()) return;
+  known = names;
   at("models").replaceChildren(...names.map((name) => new Option(name)));
   at("chips").replaceChildren(
     ...names.slice(0, MOST_CHIPS).map((name) => {
@@ -107,6 +112,7 @@ async function send() {
       answer.append(text);
       answer.scrollTop = answer.scrollHeight;
     }
+    if (!usage) throw new Error(" — the connection broke off");
     const took = (performance.now() - start) / 1000;
     const wait = first === null ? "" : `first token after ${Math.round(first - start)} ms, `;
     at("measured").textContent = `${wait}${usage.completion_tokens} tokens in ${took.toFixed(2)} s`;
@@ -204,7 +210,7 @@ async function refresh() {
     state.textContent = `${status.model} on ${status.device ?? "…"}: ${word}` +
       (status.failure && bad ? ` (${status.failure})` : "");
     state.classList.toggle("bad", bad);
-    if (!base || base !== status.model) {
+    if (base !== status.model || refreshes++ % MODELS_EVERY === 0) {
       base = status.model;
       await loadModels();
     }

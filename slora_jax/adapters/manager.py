@@ -15,8 +15,8 @@ from rich.progress import Progress
 
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.loader import AdapterLoader, Staged
-from slora_jax.adapters.peft import CONFIG_FILE, AdapterError
-from slora_jax.adapters.reader import HostAdapter, signature_of
+from slora_jax.adapters.peft import CONFIG_FILE, AdapterError, signature_of
+from slora_jax.adapters.reader import HostAdapter
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 from slora_jax.core import Install, Request
@@ -102,7 +102,7 @@ class AdapterManager[S: Staged]:
         self.loader: AdapterLoader[S] = AdapterLoader(
             self.store, host, read, device.stage, staging_pages
         )
-        self.cache = AdapterCache(pool, num_slots, self._pages_of, self.loader)
+        self.cache = AdapterCache(pool, num_slots, self.pages_of, self.loader)
 
     # For any thread
 
@@ -219,7 +219,7 @@ class AdapterManager[S: Staged]:
 
     def pages_needed(self, request: Request) -> int:
         """Pages that a request needs in all, its adapter's included."""
-        lora = 0 if request.adapter_id is None else self._pages_of(request.adapter_id)
+        lora = 0 if request.adapter_id is None else self.pages_of(request.adapter_id)
         return request.most_pages(self._page_size) + lora
 
     def hold(self, request: Request) -> None:
@@ -253,7 +253,7 @@ class AdapterManager[S: Staged]:
 
     # Inside
 
-    def _pages_of(self, adapter_id: str) -> int:
+    def pages_of(self, adapter_id: str) -> int:
         return self.store.version(adapter_id).num_pages
 
     def _free(self, version: AdapterVersion) -> None:

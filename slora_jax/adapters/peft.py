@@ -18,6 +18,8 @@ from slora_jax.adapters.peft_config import LoraConfig
 from slora_jax.adapters.peft_tensors import AdapterTensors, Tensor, module_paths
 from slora_jax.config import ModelConfig
 
+type Signature = tuple[tuple[int, int, int], ...]
+
 CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
@@ -122,6 +124,18 @@ def read_adapter(
 def files_of(directory: Path) -> tuple[Path, Path]:
     """The two files of an adapter: its configuration and its tensors."""
     return directory / CONFIG_FILE, directory / _TENSOR_FILE
+
+
+def signature_of(directory: Path) -> Signature:
+    """What changes when one of the adapter's files is written or replaced, for a quick look."""
+    found = []
+    for file in files_of(directory):
+        try:
+            stat = file.stat()
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append((0, 0, 0))  # reading it will say what is wrong
+    return tuple(found)
 
 
 def _read(file: Path, remedy: str) -> bytes:

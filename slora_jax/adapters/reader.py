@@ -12,13 +12,11 @@ from jaxtyping import Array
 
 from pallas_kernels.layout import PageLayout
 from slora_jax.adapters.pack import PackedAdapter, pack
-from slora_jax.adapters.peft import AdapterError, files_of, read_adapter
+from slora_jax.adapters.peft import AdapterError, Signature, read_adapter, signature_of
 from slora_jax.config import LAYER_MODULES, ModelConfig
 from slora_jax.model.checkpoint import Checkpoint
 
 CHUNKS = (8, 4, 2, 1)  # pages that are copied and installed at a time: a program for each
-
-type Signature = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,18 +57,6 @@ class HostAdapter:
         """Whether it adapts the embedding or the head."""
         rank, _, _ = self.tables
         return bool(rank[-1].any())
-
-
-def signature_of(directory: Path) -> Signature:
-    """What changes when one of the adapter's files is written or replaced, for a quick look."""
-    found = []
-    for file in files_of(directory):
-        try:
-            stat = file.stat()
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            found.append((0, 0, 0))  # reading it will say what is wrong
-    return tuple(found)
 
 
 class AdapterReader:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_
 
 from slora_jax.cli import CommandError
 from slora_jax.config import EngineConfig
+from slora_jax.openai.models import is_adapter_name
 from slora_jax.scheduling.options import PolicyName, SchedulingOptions
 
 if TYPE_CHECKING:
@@ -182,6 +183,8 @@ def check_adapter_names(
                 f"the adapter {name!r} has the name of the base model: choose another, or another "
                 "--served-model-name"
             )
+        if not is_adapter_name(name):
+            raise CommandError(f"an adapter can't be called {name!r}: rename it, without commas")
         if name in adapters:
             raise CommandError(f"two adapters are called {name!r}: {adapters[name]} and {path}")
         adapters[name] = path

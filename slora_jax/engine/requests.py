@@ -8,7 +8,7 @@ import numpy as np
 
 from slora_jax.adapters.manager import AdapterManager
 from slora_jax.config import EngineConfig, ModelConfig
-from slora_jax.core import Request, RequestError, SamplingParams
+from slora_jax.core import Request, RequestError, SamplingParams, check_prompt_length
 from slora_jax.engine.packing import MOST_BANNED
 from slora_jax.tokenizer import Tokenizer
 
@@ -57,12 +57,6 @@ class RequestMaker:
             )
         tokens = self._encode(prompt)
         room = self._max_model_len - len(tokens)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; with at least one token of output that is "
-                f"more than max_model_len {self._max_model_len}",
-                "prompt",
-            )
         self._check_logprobs(params)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         request = Request(
@@ -90,7 +84,10 @@ class RequestMaker:
                 raise RequestError(f"the prompt is no text: {error}", "prompt") from error
         if not len(prompt):
             raise RequestError("the prompt is empty", "prompt")
+        check_prompt_length(len(prompt), self._max_model_len)
         vocab = self._config.vocab_size
+        if {*map(type, prompt)} == {int} and 0 <= min(prompt) <= max(prompt) < vocab:
+            return list(prompt)  # nothing to look at one by one: long prompts come between steps
         for token in prompt:
             if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
                 raise RequestError(

@@ -41,15 +41,27 @@ def _batches(engine: "Engine") -> Iterator[_Batch]:
     sampled = SamplingParams(temperature=1, max_tokens=1, ignore_eos=True)
     buckets, longest = engine.runner.buckets, engine.options.max_model_len
     assert longest is not None
-    mixed = [
-        _prompts(tokens, longest - 1, engine.options.max_num_seqs) for tokens in buckets.mixed_sizes
-    ]
-    steps = [[1] * rows for rows in buckets.decode_sizes] + mixed
+    most = engine.options.max_num_seqs
     for adapter in _one_of_each_kind(engine):
-        for lengths in steps:
-            yield lengths, greedy, adapter
-    for rows in buckets.decode_sizes:
-        yield [1] * rows, sampled, None
+        room = min(longest - 1, _room(engine, adapter))
+        if room < 1:
+            continue  # others are pinned: it will be compiled if it is ever asked for
+        for rows in buckets.decode_sizes:
+            yield [1] * rows, greedy, adapter
+        for tokens in buckets.mixed_sizes:
+            yield _prompts(tokens, room, most), greedy, adapter
+        for rows in buckets.decode_sizes if adapter is None else ():
+            yield [1] * rows, sampled, None
+
+
+def _room(engine: "Engine", adapter: str | None) -> int:
+    """Tokens of the longest prompt that fits in the pool beside its adapter and what is pinned."""
+    adapters = engine.adapters
+    adapter_id = None if adapter is None else adapters.store[adapter].version.id
+    pages = adapters.room_for(adapter_id)
+    if adapter_id is not None:
+        pages -= adapters.pages_of(adapter_id)
+    return pages * engine.options.page_size - 1
 
 
 def _prompts(tokens: int, longest: int, most: int) -> list[int]:

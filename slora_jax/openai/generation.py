@@ -55,6 +55,7 @@ def refuse(body: Mapping[str, Any], refused: Mapping[str, tuple[object, str]]) -
             raise RequestError(f"{name} is not supported: {remedy}", name)
 
 
+_LONGEST_NAME = 1024  # of a model: errors and logs repeat it
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # larger ones mean nothing to anybody
 
 
@@ -94,7 +95,7 @@ class GenerationRequest(BaseModel):
     refused: ClassVar[Mapping[str, tuple[object, str]]] = REFUSED
     ignored: ClassVar[Mapping[str, str]] = IGNORED
 
-    model: str
+    model: str = Field(max_length=_LONGEST_NAME)
     lora_path: str | list[str | None] | None = Field(
         None, description="an adapter's name, or a list of one or null for each prompt"
     )

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """`/v1/models`, and the loading and unloading of adapters, with vLLM's names."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+_NAME = r"^[^,\x00-\x1f]+$"  # gateways read lists of names
+_LONGEST_NAME = 256
 
 AdapterName = Annotated[
     str,
     Field(
         min_length=1,
-        max_length=256,
-        pattern=r"^[^,\x00-\x1f]+$",  # gateways read lists of names
+        max_length=_LONGEST_NAME,
+        pattern=_NAME,
         description="what requests call the adapter: without commas and control characters",
     ),
 ]
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether an adapter may be called so."""
+    return len(name) <= _LONGEST_NAME and re.fullmatch(_NAME, name) is not None
 
 
 class ModelCard(BaseModel):

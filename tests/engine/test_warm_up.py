@@ -78,6 +78,27 @@ def test_no_request_waits_for_the_compiler(engine, adapters, caplog, requests, p
     assert compiled(caplog) == []
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_little_room(adapters, pinned):
+    """What does not fit is not tried."""
+    engine = Engine(
+        BASE_MODEL,
+        adapters={"all": adapters["all"]},
+        num_pages=15,
+        max_model_len=256,
+        max_num_seqs=2,
+        max_num_batched_tokens=16,
+        decode_batch_sizes=(2,),
+        max_lora_rank=4,
+    )
+    if pinned:
+        engine.pin_adapter("all")
+    room = engine.adapters.room_for(None)
+    assert room * engine.options.page_size < 256, "the pool is too large for this test"
+    engine.warm_up()
+    engine.check()
+
+
 def test_an_adapter_of_known_modules_compiles_nothing(engine, caplog, tmp_path):
     """As those that are loaded while a server runs."""
     write_adapter(tmp_path / "new", CONFIG, seed=9, rank=3, modules=("q_proj", "down_proj"))

@@ -8,7 +8,7 @@ import msgspec
 import zmq
 
 from server import messages
-from slora_jax.core import FinishReason
+from slora_jax.core import FinishReason, SamplingParams
 from slora_jax.stats import EngineStats
 
 ANSWER, SILENCE, EXIT, FAIL, ERROR, REJECT, HALF = range(7)
@@ -75,7 +75,8 @@ class FakeEngine:
     def handle(self, message: messages.ToEngine) -> None:
         match message:
             case messages.Generate():
-                self.begin(message)
+                for request_id, params in zip(message.ids, message.params, strict=True):
+                    self.begin(request_id, message.prompt[0], params)
             case messages.Abort():
                 for request_id in message.ids:
                     self._running.pop(request_id, None)
@@ -88,26 +89,27 @@ class FakeEngine:
             case messages.Stop():
                 sys.exit(0)
 
-    def begin(self, asked: messages.Generate) -> None:
-        match asked.prompt[0]:
+    def begin(self, request_id: str, mode: int, params: SamplingParams) -> None:
+        match mode:
             case 1:
-                self._silent.add(asked.id)
+                self._silent.add(request_id)
             case 2:
                 sys.exit(3)
             case 3:
                 self.send(messages.Failed("a step failed"))
+                time.sleep(1)  # JAX takes its time to end as well
                 sys.exit(1)
             case 4:
                 reason = {"finish_reason": FinishReason.ERROR, "stop_reason": "it overflows"}
-                self.send(messages.Outputs([delta(asked.id, [], **reason)]))
+                self.send(messages.Outputs([delta(request_id, [], **reason)]))
             case 5:
                 reason = {"finish_reason": FinishReason.REJECTED, "stop_reason": "too late"}
-                self.send(messages.Outputs([delta(asked.id, [], **reason)]))
+                self.send(messages.Outputs([delta(request_id, [], **reason)]))
             case 6:
-                self.send(messages.Outputs([delta(asked.id, [7])]))
-                self._silent.add(asked.id)
+                self.send(messages.Outputs([delta(request_id, [7])]))
+                self._silent.add(request_id)
             case _:
-                self._running[asked.id] = [asked.params.max_tokens or 1, 0]
+                self._running[request_id] = [params.max_tokens or 1, 0]
 
     def step(self) -> None:
         deltas = []

@@ -108,6 +108,28 @@ def test_directory_adapters_load_on_their_first_request(server):
     assert text(server, "lazy_upper") == "HELLO"
 
 
+def test_a_directory_that_is_written_anew(server, adapters_on_disk):
+    """Is served as it is now; and as it was, if what is there now is refused."""
+    directory = adapters_on_disk / "changing"
+    shutil.copytree(adapter_dirs()["upper"], directory)
+    assert text(server, "changing") == "HELLO"
+    shutil.copytree(adapter_dirs()["rot13"], directory, dirs_exist_ok=True)
+    assert text(server, "changing") == "uryyb"
+    (directory / "adapter_model.safetensors").write_bytes(b"nonsense")
+    assert text(server, "changing") == "uryyb"
+    shutil.rmtree(directory)
+    assert text(server, "changing") == "uryyb"
+    unload(server, "changing").raise_for_status()
+    assert ask(server, "changing").status_code == 404
+
+
+def test_directories_that_no_adapter_may_be_called(server, adapters_on_disk):
+    """Gateways read lists of names."""
+    shutil.copytree(adapter_dirs()["upper"], adapters_on_disk / "a,b")
+    assert ask(server, "a,b").status_code == 404
+    assert "a,b" not in {one["id"] for one in server.get("/v1/models").json()["data"]}
+
+
 def test_loading_must_be_enabled(tmp_path):
     options = ["--model", "tests/golden/mha/model", "--lora-dir", "tests/golden/mha/adapters"]
     with RunningServer(tmp_path / "log", *options).wait_until_ready() as running:

@@ -13,8 +13,10 @@ import httpx
 import pytest
 
 from server.app import make_app
+from server.catalog import Loaded
 from server.config import ServerConfig
 from server.engine_client import State
+from server.errors import Unavailable
 from server.frontend import FrontEnd
 from slora_jax.demo import BASE_MODEL
 from tests.server.fake_engine import ANSWER, ERROR, EXIT, FAIL, HALF, REJECT, SILENCE
@@ -25,8 +27,9 @@ type Ask = Callable[..., Coroutine[Any, Any, httpx.Response]]
 class World:
     """A front end, and a client of it."""
 
-    def __init__(self, front: FrontEnd, client: httpx.AsyncClient) -> None:
+    def __init__(self, front: FrontEnd, app: Any, client: httpx.AsyncClient) -> None:
         self.front = front
+        self.app = app
         self.client = client
 
     def ask(self, mode: int = ANSWER, **fields) -> Coroutine[Any, Any, httpx.Response]:
@@ -53,7 +56,7 @@ async def world(wait: bool = True, options: dict[str, Any] | None = None, **conf
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client,
     ):
-        one = World(front, client)
+        one = World(front, app, client)
         if wait:
             await one.ready()
         yield one
@@ -107,7 +110,7 @@ def test_keys():
 
 def test_bodies_have_a_limit():
     async def story(one: World) -> None:
-        assert (await one.ask(prompt=[0] * 100)).status_code == 200
+        assert (await one.ask(prompt=[0] * 50)).status_code == 200
         assert error(await one.ask(prompt=[0] * 2000))["type"] == "RequestTooLargeError"
 
         async def in_pieces():
@@ -243,6 +246,17 @@ def test_a_dead_engine_is_noticed(mode, words):
     run(story)
 
 
+def test_a_failed_engine_is_dead_before_its_process_is(monkeypatch):
+    async def story(one: World) -> None:
+        assert (await one.ask(FAIL)).status_code == 503
+        process = one.front.client._process
+        assert process is not None
+        assert process.returncode is None
+        assert (await one.client.get("/health")).status_code == 503
+
+    run(story)
+
+
 def test_an_engine_that_dies_while_an_adapter_loads(tmp_path):
     async def story(one: World) -> None:
         body = {"lora_name": "hangs", "lora_path": str(tmp_path / "a")}
@@ -300,6 +314,178 @@ def test_an_engine_that_hangs(monkeypatch):
         monkeypatch.setattr("server.engine_client._SILENCE_S", -1.0)
         response = await one.client.get("/health")
         assert "said nothing" in error(response)["message"]
+
+    run(story)
+
+
+def test_a_client_that_reads_slowly_gets_all():
+    """What comes while a piece is on its way comes with the next one, and so does the end."""
+
+    async def story(one: World) -> None:
+        events = await stream(one, pause=0.3, max_tokens=9)
+        choices = [event["choices"][0] for event in events if event.get("choices")]
+        assert "".join(choice["text"] for choice in choices) == "x" * 9
+        assert choices[-1]["finish_reason"] == "length"
+        assert events[-1]["usage"]["completion_tokens"] == 9
+
+    run(story)
+
+
+def test_a_client_that_reads_slowly_gets_all_before_an_error():
+    async def story(one: World) -> None:
+        reading = asyncio.create_task(stream(one, HALF, pause=0.3))
+        await one.until(lambda: one.front.client.num_running == 1)
+        await asyncio.sleep(0.1)
+        one.front.client.fail_all(Unavailable("it ends here"))
+        *pieces, last = await reading
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == "x"
+        assert last["error"]["message"] == "it ends here"
+
+    run(story)
+
+
+def test_a_client_that_does_not_read_has_no_more_time(monkeypatch):
+    async def story(one: World) -> None:
+        reading = asyncio.create_task(stream(one, pause=1000, max_tokens=1000))
+        await one.until(lambda: one.front._open == 1)
+        await one.until(lambda: one.front._open == 0)
+        await one.until(lambda: one.front.client.num_running == 0)
+        await reading
+
+    monkeypatch.setattr("server.answering._LAST_EVENT_S", 0.1)
+    run(story, request_timeout_s=0.2)
+
+
+async def stream(one: World, mode: int = ANSWER, *, pause: float, **fields) -> list[Any]:
+    """The events of a stream whose client is away for `pause` seconds after the first one."""
+    body = {"model": "base", "prompt": [mode], "stream": True, **fields}
+    body["stream_options"] = {"include_usage": True}
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+    sent: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        return await asyncio.Future()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            sent.append(message["body"].decode())
+            if len(sent) == 1:
+                await asyncio.sleep(pause)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}}
+    await one.app(scope, receive, send)
+    parts = "".join(sent).split("\n\n")
+    return [json.loads(part.removeprefix("data: ")) for part in parts if part.endswith("}")]
+
+
+def test_prompts_that_are_too_long_do_not_reach_the_engine():
+    async def story(one: World) -> None:
+        def nobody(*args: object) -> None:
+            raise AssertionError("it was sent")
+
+        one.front.client._send = nobody  # type: ignore[method-assign]
+        for prompt in ([0] * 64, [[0], [0] * 100], "x" * 100_000, ["a", "x" * 100]):
+            response = await one.ask(prompt=prompt)
+            assert response.status_code == 400
+            assert "max_model_len 64" in error(response)["message"]
+        chat = {"model": "base", "messages": [{"role": "user", "content": "x" * 100}]}
+        response = await one.client.post("/v1/chat/completions", json=chat)
+        assert "max_model_len 64" in error(response)["message"]
+        del one.front.client._send
+
+    run(story)
+
+
+def test_only_those_who_leave_are_counted_as_aborted():
+    async def story(one: World) -> None:
+        before = await aborts(one)
+        assert (await one.ask(prompt=[0] * 100)).status_code == 400
+        failing = asyncio.create_task(one.ask(SILENCE))
+        await one.until(lambda: one.front.client.num_running == 1)
+        one.front.client.fail_all(Unavailable("it ends here"))
+        assert (await failing).status_code == 503
+        assert await aborts(one) == before
+        leaving = asyncio.create_task(one.ask(SILENCE))
+        await one.until(lambda: one.front.client.num_running == 1)
+        leaving.cancel()
+        await one.until(lambda: one.front.client.num_running == 0)
+        assert await aborts(one) == before + 1
+
+    run(story)
+
+
+async def aborts(one: World) -> float:
+    lines = (await one.client.get("/metrics")).text.splitlines()
+    return sum(
+        float(one.split()[-1])
+        for one in lines
+        if one.startswith("vllm:request_success_total") and 'finished_reason="abort"' in one
+    )
+
+
+def test_series_of_adapters_that_are_gone(tmp_path):
+    async def story(one: World) -> None:
+        async def named() -> bool:
+            return 'adapter_name="mine"' in (await one.client.get("/metrics")).text
+
+        body = {"lora_name": "mine", "lora_path": str(tmp_path)}
+        await one.client.post("/v1/load_lora_adapter", json=body)
+        streaming = asyncio.create_task(one.ask(max_tokens=50, model="mine", stream=True))
+        await one.until(lambda: one.front.client.num_running == 1)
+        await asyncio.sleep(0.02)
+        assert (await one.client.post("/v1/unload_lora_adapter", json=body)).status_code == 200
+        events(await streaming)
+        async with asyncio.timeout(20):
+            while await named():
+                await asyncio.sleep(0.01)
+
+    run(story, allow_runtime_lora_updating=True, lora_roots=(tmp_path,))
+
+
+def test_a_bug_is_answered_and_logged(monkeypatch, caplog):
+    async def story(one: World) -> None:
+        async def fail(*args: object) -> None:
+            raise RuntimeError("a bug of ours")
+
+        monkeypatch.setattr(one.front, "submit", fail)
+        response = await one.client.post(
+            "/v1/completions",
+            json={"model": "base", "prompt": [0]},
+            headers={"X-Request-Id": "mine"},
+        )
+        assert error(response)["type"] == "InternalServerError"
+        assert response.headers["x-request-id"] == "mine"
+
+    with caplog.at_level(logging.INFO, "slora_jax.server"):
+        run(story)
+    [record] = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert record.__dict__["request_id"] == "mine"
+    assert "a bug of ours" in caplog.text
+
+
+def test_names_have_a_length():
+    async def story(one: World) -> None:
+        response = await one.ask(model="x" * 2000)
+        assert error(response)["param"] == "model"
+        assert len(response.text) < 1000
+
+    run(story)
+
+
+def test_models_are_listed_while_adapters_come():
+    async def story(one: World) -> None:
+        catalog = one.front.catalog
+
+        def more() -> list[str]:
+            catalog.loaded["new"] = Loaded(Path(), False, 0)
+            return []
+
+        catalog._directory_names = more  # type: ignore[method-assign]
+        cards = (await one.client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in cards] == ["base", "new"]
 
     run(story)
 

@@ -3,6 +3,7 @@
 
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -166,6 +167,24 @@ def test_the_front_end_is_killed(start, loading):
     while is_alive(engine):
         assert time.monotonic() < until, "an orphan holds the device"
         time.sleep(0.05)
+
+
+def test_sigterm_while_loading(start):
+    server = start(ready=False)
+    server.wait_for(lambda: server.health() == 503)
+    engine = server.engine_pid()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(5) == 0
+    assert not is_alive(engine)
+
+
+def test_a_port_that_is_taken(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = start("--port", str(taken.getsockname()[1]), ready=False)
+        assert server.process.wait(60) == 2
+    text = server.log.read_text()
+    assert "can't listen on 127.0.0.1" in text
+    assert "compil" not in text, "it had begun to load"
 
 
 @pytest.mark.parametrize(
