@@ -144,13 +144,21 @@ def test_the_engine_is_killed(start):
 
 
 def test_a_killed_engine_is_started_again(start):
-    server = start("--restart")
+    """With what had been loaded and pinned, however little room that leaves."""
+    roots = ["--allow-runtime-lora-updating", "--lora-roots", "tests/golden/mha/adapters"]
+    server = start("--restart", "--num-pages", "40", *roots)
+    for name, pinned in (("attention", True), ("rslora", False)):
+        body = {"lora_name": name, "lora_path": name, "pinned": pinned}
+        server.post("/v1/load_lora_adapter", body).raise_for_status()
     first = server.engine_pid()
     os.kill(first, signal.SIGKILL)
     server.wait_for(lambda: server.health() == 503)
     server.wait_until_ready()
     assert server.engine_pid() != first
-    assert ask(server).status_code == 200
+    for name in ("base", "attention", "rslora"):
+        assert ask(server, model=name, max_tokens=4).status_code == 200
+    [pinned] = [one for one in server.status()["residents"] if "attention" in one["names"]]
+    assert pinned["pinned"]
 
 
 @pytest.mark.parametrize("loading", [False, True])
