@@ -2,10 +2,9 @@
 """Answers a request for generation, whole or as a stream, until it ends or nobody listens."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Protocol
 
 from fastapi import Request, Response
@@ -43,6 +42,35 @@ class _ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
+class _Deadline:
+    """The time that a request has.
+
+    Args:
+        arrival: when it came, on the monotonic clock.
+        seconds: from then on; None: as long as it takes.
+    """
+
+    def __init__(self, arrival: float, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._end = None if seconds is None else arrival + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds from now on; None: as long as it takes."""
+        return None if self._end is None else self._end - time.monotonic()
+
+    async def keep[T](self, awaitable: Awaitable[T]) -> T:
+        """Raises Unavailable if it takes longer."""
+        try:
+            async with asyncio.timeout(self.left):
+                return await awaitable
+        except TimeoutError:
+            raise Unavailable(
+                f"the request took longer than the {self._seconds:g} s that it may take "
+                "(--request-timeout-s)"
+            ) from None
+
+
 class _EventStream(StreamingResponse):
     """Server-sent events that let go of what they hold however they end.
 
@@ -50,9 +78,7 @@ class _EventStream(StreamingResponse):
     `finally` would not do. A client that does not read has no more time than others.
     """
 
-    def __init__(
-        self, events: AsyncIterator[bytes], held: ExitStack, deadline: "_Deadline"
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], held: ExitStack, deadline: _Deadline) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._held = held
@@ -60,7 +86,7 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         left = self._deadline.left
-        with self._held, contextlib.suppress(TimeoutError):
+        with self._held, suppress(TimeoutError):
             # Some time more than the events have, whose own end says why.
             async with asyncio.timeout(None if left is None else left + _LAST_EVENT_S):
                 await super().__call__(scope, receive, send)
@@ -99,35 +125,6 @@ async def answer(
             return Response(status_code=_CLIENT_GONE)
         events = _events(generation, reply, request.includes_usage, first, deadline)
         return _EventStream(events, held.pop_all(), deadline)
-
-
-class _Deadline:
-    """The time that a request has.
-
-    Args:
-        arrival: when it came, on the monotonic clock.
-        seconds: from then on; None: as long as it takes.
-    """
-
-    def __init__(self, arrival: float, seconds: float | None) -> None:
-        self._seconds = seconds
-        self._end = None if seconds is None else arrival + seconds
-
-    @property
-    def left(self) -> float | None:
-        """Seconds from now on; None: as long as it takes."""
-        return None if self._end is None else self._end - time.monotonic()
-
-    async def keep[T](self, awaitable: Awaitable[T]) -> T:
-        """Raises Unavailable if it takes longer."""
-        try:
-            async with asyncio.timeout(self.left):
-                return await awaitable
-        except TimeoutError:
-            raise Unavailable(
-                f"the request took longer than the {self._seconds:g} s that it may take "
-                "(--request-timeout-s)"
-            ) from None
 
 
 async def _events(

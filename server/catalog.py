@@ -13,10 +13,8 @@ from weakref import WeakValueDictionary
 from server.config import ServerConfig
 from server.engine_client import AdapterRefused, EngineClient
 from server.errors import Forbidden, Invalid, NotFound
-from slora_jax.adapters.peft import Signature, signature_of
+from slora_jax.adapters.peft import CONFIG_FILE, Signature, signature_of
 from slora_jax.openai.models import ModelCard, is_adapter_name
-
-_CONFIG_FILE = "adapter_config.json"
 
 logger = logging.getLogger("slora_jax.server")
 
@@ -70,8 +68,9 @@ class AdapterCatalog:
 
     async def cards(self) -> list[ModelCard]:
         """The base model, then all adapters by name, those of `--lora-dir` included."""
-        names = {*await asyncio.to_thread(self._directory_names), *self.loaded}
-        return [self.card(name) for name in (*self._config.served_model_names, *sorted(names))]
+        base = self._config.served_model_names
+        names = {*await asyncio.to_thread(self._directory_names), *self.loaded} - {*base}
+        return [self._card(name) for name in (*base, *sorted(names))]
 
     def card(self, name: str) -> ModelCard:
         """Of the base model or an adapter.
@@ -79,15 +78,19 @@ class AdapterCatalog:
         Raises:
             NotFound: nothing has this name.
         """
+        if name not in self._config.served_model_names and name not in self:
+            raise NotFound(f"The model `{name}` does not exist.", "model")
+        return self._card(name)
+
+    def _card(self, name: str) -> ModelCard:
         root, parent, created = self._config.model, None, self._start
         if name not in self._config.served_model_names:
             parent = self._config.base_name
             if name in self.loaded:
                 root, created = self.loaded[name].path, self.loaded[name].created
-            elif self._config.lora_dir is not None and self._in_directory(name):
-                root = self._config.lora_dir / name
             else:
-                raise NotFound(f"The model `{name}` does not exist.", "model")
+                assert self._config.lora_dir is not None
+                root = self._config.lora_dir / name
         limit = None if self._client.ready is None else self._client.ready.max_model_len
         return ModelCard(
             id=name, created=created, root=str(root), parent=parent, max_model_len=limit
@@ -202,14 +205,14 @@ class AdapterCatalog:
         if root is None or not is_adapter_name(name) or "/" in name or name in (".", ".."):
             return False
         try:
-            return (root / name / _CONFIG_FILE).is_file()
+            return (root / name / CONFIG_FILE).is_file()
         except OSError:  # longer than a file's name may be
             return False
 
     def _directory_names(self) -> list[str]:
         if self._config.lora_dir is None:
             return []
-        names = (file.parent.name for file in self._config.lora_dir.glob(f"*/{_CONFIG_FILE}"))
+        names = (file.parent.name for file in self._config.lora_dir.glob(f"*/{CONFIG_FILE}"))
         return [name for name in names if is_adapter_name(name)]
 
 

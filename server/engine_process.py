@@ -225,7 +225,10 @@ def _make_engine(launch: Launch) -> tuple["Engine", dict[str, str]]:
     engine.warm_up(progress=launch.progress)
     for name in launch.pinned:  # afterwards: the warm-up needs the room
         if name not in failed:
-            engine.pin_adapter(name)
+            try:
+                engine.pin_adapter(name)
+            except AdapterError as error:  # it may have grown meanwhile
+                logger.warning("the adapter %r can't be pinned again: %s", name, error)
     return engine, failed
 
 

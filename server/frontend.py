@@ -131,17 +131,16 @@ class FrontEnd:
         Raises:
             HttpError: it can't be served, or not now.
         """
-        self._check_open()
+        ready = self._check_open()
         count = request.num_prompts * request.n
-        self._check_queue(count)
+        self._check_queue(count, ready)
         self._admitting += count
         try:
             params = [request.sampling_params(choice) for choice in range(request.n)]
             base = self.config.served_model_names
             adapters = find_adapters(request, base, self.catalog)
             await self.catalog.ensure_loaded(adapters)
-            limit = self.client.check_ready().max_model_len
-            prompts = await self.prompts.prompts_of(request, limit)
+            prompts = await self.prompts.prompts_of(request, ready.max_model_len)
             return self.client.generate(
                 prompts,
                 adapters,
@@ -162,13 +161,12 @@ class FrontEnd:
                 self.metrics.aborted(left)
             self.client.abort(generation)
 
-    def _check_open(self) -> None:
+    def _check_open(self) -> Ready:
         if self.draining:
             raise Unavailable("the server is shutting down", retry_after=10)
-        self.client.check_ready()
+        return self.client.check_ready()
 
-    def _check_queue(self, count: int) -> None:
-        ready = self.client.check_ready()
+    def _check_queue(self, count: int, ready: Ready) -> None:
         room = ready.max_num_seqs + self.config.max_queued_requests
         if count > room:
             raise Invalid(

@@ -41,16 +41,12 @@ class PromptEncoder:
             prompt = await self.chat(request.messages, request, request.add_special_tokens)
             check_prompt_length(len(prompt), max_model_len)
             return [prompt]
-        for prompt in request.prompts:
-            if not isinstance(prompt, str):
-                check_prompt_length(len(prompt), max_model_len)
 
         def tokens_of(prompt: str | list[int]) -> list[int]:
-            if not isinstance(prompt, str):
-                return prompt
-            tokens = self.need_tokenizer().encode(prompt, request.add_special_tokens)
-            check_prompt_length(len(tokens), max_model_len)
-            return tokens
+            if isinstance(prompt, str):
+                prompt = self.need_tokenizer().encode(prompt, request.add_special_tokens)
+            check_prompt_length(len(prompt), max_model_len)
+            return prompt
 
         length = sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
         return await self._run(lambda: [*map(tokens_of, request.prompts)], length, "prompt")

@@ -232,6 +232,10 @@ class AdapterManager[S: Staged]:
         if request.adapter_id is not None:
             self.store.release(self.store.version(request.adapter_id))
 
+    def pages_of(self, adapter_id: str) -> int:
+        """Pages of an adapter, in the pool or not."""
+        return self.store.version(adapter_id).num_pages
+
     def rank_of(self, adapter_id: str) -> int:
         return self.store.version(adapter_id).rank
 
@@ -252,9 +256,6 @@ class AdapterManager[S: Staged]:
         return tuple(found)
 
     # Inside
-
-    def pages_of(self, adapter_id: str) -> int:
-        return self.store.version(adapter_id).num_pages
 
     def _free(self, version: AdapterVersion) -> None:
         """Frees what a version has on all levels."""

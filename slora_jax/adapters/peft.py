@@ -19,6 +19,7 @@ from slora_jax.adapters.peft_tensors import AdapterTensors, Tensor, module_paths
 from slora_jax.config import ModelConfig
 
 type Signature = tuple[tuple[int, int, int], ...]
+"""Of an adapter's files: see `signature_of`."""
 
 CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILE = "adapter_model.safetensors"

@@ -50,8 +50,9 @@ def _batches(engine: "Engine") -> Iterator[_Batch]:
             yield [1] * rows, greedy, adapter
         for tokens in buckets.mixed_sizes:
             yield _prompts(tokens, room, most), greedy, adapter
-        for rows in buckets.decode_sizes if adapter is None else ():
-            yield [1] * rows, sampled, None
+        if adapter is None:
+            for rows in buckets.decode_sizes:
+                yield [1] * rows, sampled, None
 
 
 def _room(engine: "Engine", adapter: str | None) -> int:

@@ -55,7 +55,7 @@ def refuse(body: Mapping[str, Any], refused: Mapping[str, tuple[object, str]]) -
             raise RequestError(f"{name} is not supported: {remedy}", name)
 
 
-_LONGEST_NAME = 1024  # of a model: errors and logs repeat it
+ModelName = Annotated[str, Field(max_length=1024)]  # errors and logs repeat it
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # larger ones mean nothing to anybody
 
 
@@ -95,8 +95,8 @@ class GenerationRequest(BaseModel):
     refused: ClassVar[Mapping[str, tuple[object, str]]] = REFUSED
     ignored: ClassVar[Mapping[str, str]] = IGNORED
 
-    model: str = Field(max_length=_LONGEST_NAME)
-    lora_path: str | list[str | None] | None = Field(
+    model: ModelName
+    lora_path: ModelName | list[ModelName | None] | None = Field(
         None, description="an adapter's name, or a list of one or null for each prompt"
     )
     n: int = Field(1, ge=1, le=128)

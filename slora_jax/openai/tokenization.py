@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slora_jax.core import RequestError
 from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields, Message
-from slora_jax.openai.generation import Int64, refuse
+from slora_jax.openai.generation import Int64, ModelName, refuse
 
 
 class TokenizeRequest(ChatTemplateFields):
@@ -29,7 +29,7 @@ class TokenizeRequest(ChatTemplateFields):
         for name in ("tools", "documents", "chat_template")
     }
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
@@ -65,7 +65,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"tokens": [104, 105]}]})
 
-    model: str | None = None
+    model: ModelName | None = None
     tokens: list[Int64]
 
 

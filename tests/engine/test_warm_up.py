@@ -29,19 +29,24 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def engine(adapters: dict[str, Path]) -> Engine:
-    engine = Engine(
+    engine = make_engine(adapters, num_pages=300, max_model_len=64)
+    engine.warm_up()
+    return engine
+
+
+def make_engine(adapters: dict[str, Path], *, num_pages: int, max_model_len: int) -> Engine:
+    """With few programs to compile."""
+    return Engine(
         BASE_MODEL,
         adapters=adapters,
-        num_pages=300,
-        max_model_len=64,
+        num_pages=num_pages,
+        max_model_len=max_model_len,
         max_num_seqs=8,
         max_num_batched_tokens=16,
         decode_batch_sizes=(8,),
         max_loras=4,
         max_lora_rank=4,
     )
-    engine.warm_up()
-    return engine
 
 
 def compiled(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -81,16 +86,7 @@ def test_no_request_waits_for_the_compiler(engine, adapters, caplog, requests, p
 @pytest.mark.parametrize("pinned", [False, True])
 def test_little_room(adapters, pinned):
     """What does not fit is not tried."""
-    engine = Engine(
-        BASE_MODEL,
-        adapters={"all": adapters["all"]},
-        num_pages=15,
-        max_model_len=256,
-        max_num_seqs=2,
-        max_num_batched_tokens=16,
-        decode_batch_sizes=(2,),
-        max_lora_rank=4,
-    )
+    engine = make_engine({"all": adapters["all"]}, num_pages=15, max_model_len=256)
     if pinned:
         engine.pin_adapter("all")
     room = engine.adapters.room_for(None)

@@ -246,7 +246,7 @@ def test_a_dead_engine_is_noticed(mode, words):
     run(story)
 
 
-def test_a_failed_engine_is_dead_before_its_process_is(monkeypatch):
+def test_a_failed_engine_is_dead_before_its_process_is():
     async def story(one: World) -> None:
         assert (await one.ask(FAIL)).status_code == 503
         process = one.front.client._process
@@ -333,12 +333,14 @@ def test_a_client_that_reads_slowly_gets_all():
 
 def test_a_client_that_reads_slowly_gets_all_before_an_error():
     async def story(one: World) -> None:
-        reading = asyncio.create_task(stream(one, HALF, pause=0.3))
+        reading = asyncio.create_task(stream(one, pause=0.5, max_tokens=10_000))
         await one.until(lambda: one.front.client.num_running == 1)
-        await asyncio.sleep(0.1)
+        [(generation, _)] = one.front.client._running.values()
+        await one.until(lambda: len(generation.outputs[0].token_ids) > 5)  # most are not yet read
         one.front.client.fail_all(Unavailable("it ends here"))
         *pieces, last = await reading
-        assert "".join(piece["choices"][0]["text"] for piece in pieces) == "x"
+        text = "".join(piece["choices"][0]["text"] for piece in pieces)
+        assert text == "x" * len(generation.outputs[0].token_ids)
         assert last["error"]["message"] == "it ends here"
 
     run(story)
@@ -468,26 +470,28 @@ def test_a_bug_is_answered_and_logged(monkeypatch, caplog):
 
 def test_names_have_a_length():
     async def story(one: World) -> None:
-        response = await one.ask(model="x" * 2000)
-        assert error(response)["param"] == "model"
-        assert len(response.text) < 1000
+        for param in ("model", "lora_path"):
+            response = await one.ask(**{param: "x" * 2000})
+            assert error(response)["param"] == param
+            assert len(response.text) < 1000
 
     run(story)
 
 
-def test_models_are_listed_while_adapters_come():
+def test_models_are_listed_while_adapters_come_and_go(tmp_path):
     async def story(one: World) -> None:
         catalog = one.front.catalog
 
         def more() -> list[str]:
             catalog.loaded["new"] = Loaded(Path(), False, 0)
-            return []
+            return ["gone", "base"]  # before it could be looked at again; of the base model's name
 
         catalog._directory_names = more  # type: ignore[method-assign]
         cards = (await one.client.get("/v1/models")).json()["data"]
-        assert [card["id"] for card in cards] == ["base", "new"]
+        assert [card["id"] for card in cards] == ["base", "gone", "new"]
+        assert (await one.client.get("/v1/models/gone")).status_code == 404
 
-    run(story)
+    run(story, lora_dir=tmp_path)
 
 
 def test_draining():

@@ -38,9 +38,17 @@ def test_every_option_of_the_server():
 def test_every_metric(server):
     server.post("/v1/completions", {"model": "upper", "prompt": "hello", "temperature": 0})
     families = text_string_to_metric_families(server.get("/metrics").text)
-    actual = {f.name + ("_total" if f.type == "counter" else "") for f in families}
-    described = set(re.findall(r"`((?:vllm|slora):\w+)`", section("Metrics")))
-    assert described == {name for name in actual if not name.endswith("_created")}
+    actual = {
+        f.name + ("_total" if f.type == "counter" else ""): {*f.samples[0].labels} - {"le"}
+        for f in families
+        if not f.name.endswith("_created")
+    }
+    described = {}
+    for row in re.findall(r"^\| (`.*) \|$", section("Metrics"), flags=re.MULTILINE):
+        labels = re.findall(r"`(\w+)`", "".join(re.findall(r"\[(.*?)\]", row)))
+        for name in re.findall(r"`((?:vllm|slora):\w+)`", row):
+            described[name] = {*labels} or {"model_name", "engine"}
+    assert described == actual
 
 
 def test_the_line_of_a_log(server):
