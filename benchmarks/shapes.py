@@ -34,6 +34,17 @@ LLAMA_3_8B = ModelConfig(
     max_position_embeddings=8192,
     rope_theta=500000.0,
 )
+LLAMA_3_70B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+)
 LLAMA_3_70B_OF_8 = ModelConfig(  # what one of 8 devices holds, so only for the kernels
     vocab_size=128256,
     hidden_size=8192,
@@ -60,6 +71,7 @@ MODELS = {
     "llama-2-7b": LLAMA_2_7B,
     "llama-2-13b": LLAMA_2_13B,
     "llama-3-8b": LLAMA_3_8B,
+    "llama-3-70b": LLAMA_3_70B,
     "tiny": TINY,
 }
 KERNEL_SHAPES = {

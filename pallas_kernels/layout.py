@@ -74,11 +74,11 @@ class PageLayout:
         return next(n for n in (COPY_TILES, 2, 1) if self.tiles_per_page % n == 0)
 
     def slab_tiles(self, columns: int) -> int:
-        """Tiles from one slab of a matrix to the next."""
+        """Tiles from one slab of a matrix to the next; none of one without columns."""
         tiles = ceil_div(columns, TILE_COLUMNS)
-        return (
-            round_up(tiles, self.copy_tiles) if tiles >= self.copy_tiles else _power_of_two(tiles)
-        )
+        if 0 < tiles < self.copy_tiles:
+            return _power_of_two(tiles)
+        return round_up(tiles, self.copy_tiles)
 
     def section_tiles(self, rank, columns: int):
         """Tiles of a whole matrix of `rank` rows; `rank` may be an integer array."""

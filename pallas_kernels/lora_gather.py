@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA of single tokens over paged adapters: shrink, expand and add in one Mosaic GPU kernel.
 
-The gather form, for decode: every token reads its own adapter's A and B once, which is all the time
-there is. The CTAs of a cluster do one module of one token: each multiplies its share of A's columns
-and, once they have told each other their sums, its share of B's outputs. A CTA's loader runs ahead,
-through A and on into B.
+Or one half of that alone, where h is to cross devices in between. The gather form, for decode:
+every token reads its own adapter's A and B once, which is all the time there is. The CTAs of a
+cluster do one module of one token: each multiplies its share of A's columns and, once they have
+told each other their sums, its share of B's outputs. A CTA's loader runs ahead, through A and on
+into B.
 
 The tensor cores work on tiles as they lie in the pool (`layout.py`), by leaving most of each
 product unused.
@@ -13,6 +14,9 @@ product unused.
     Expand: a tile transposed, `[64, (j', i)]`, times h spread out as `[(j', i), j]`, zero where
     j ≠ j', gives 64 outputs of each of 8 groups.
 h stays float32: as a tensor-core operand it is two numbers of the model's dtype, high and low.
+
+A half alone has the same loads and products, but needs no cluster: what the CTAs of a module would
+tell each other is written to memory for XLA to add up, or has been added up and is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,25 +71,106 @@ def lora_gather(
     tuning: Tuning,
 ) -> jax.Array:
     """`y + s · (x Aᵀ) Bᵀ`; the lines of `adapters.work` are single tokens."""
+    static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuning}
+    return _gather(x, None, y, pool, layer, adapters, **static)
+
+
+def gather_shrink(
+    x: jax.Array,
+    pool: jax.Array,
+    layer: jax.Array | None,
+    adapters: Adapters,
+    *,
+    modules: Modules,
+    max_rank: int,
+    layout: PageLayout,
+    tuning: Tuning,
+) -> jax.Array:
+    """`x Aᵀ` of single tokens.
+
+    Returns:
+        `[T, M, R]`, float32. Slabs past a module's rank, and all of a token that has no adapter,
+        hold anything, NaN as well.
+    """
+    static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuning}
+    sums = _gather(x, None, None, pool, layer, adapters, **static)
+    tokens, count, parts, rounds = sums.shape[:4]
+    sums = sums.reshape(tokens, count, parts, rounds, GROUPS, SLAB_RANKS, ROUND).sum((2, 4))
+    return sums.swapaxes(3, 4).reshape(tokens, count, -1)[:, :, :max_rank]
+
+
+def gather_expand(
+    y: jax.Array,
+    h: jax.Array,
+    pool: jax.Array,
+    layer: jax.Array | None,
+    adapters: Adapters,
+    *,
+    modules: Modules,
+    layout: PageLayout,
+    tuning: Tuning,
+) -> jax.Array:
+    """`y + s · h Bᵀ` of single tokens.
+
+    Args:
+        h: `[T, M, R]`, float32; of tokens that have no adapter it is not read.
+    """
+    tokens, count, max_rank = h.shape
+    rounds = ceil_div(max_rank, ROUND * SLAB_RANKS)
+    h = jnp.pad(h, ((0, 0), (0, 0), (0, rounds * ROUND * SLAB_RANKS - max_rank)))
+    h = h.reshape(tokens, count, rounds, 1, ROUND, SLAB_RANKS).swapaxes(4, 5)
+    h = jnp.broadcast_to(h, (tokens, count, rounds, GROUPS, SLAB_RANKS, ROUND))
+    h = h.reshape(tokens, count, rounds, TILE, ROUND)
+    static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuning}
+    return _gather(None, h, y, pool, layer, adapters, **static)
+
+
+def _gather(
+    x: jax.Array | None,
+    h: jax.Array | None,
+    y: jax.Array | None,
+    pool: jax.Array,
+    layer: jax.Array | None,
+    adapters: Adapters,
+    *,
+    modules: Modules,
+    max_rank: int,
+    layout: PageLayout,
+    tuning: Tuning,
+) -> jax.Array:
+    """Both halves, of x and y; without y the first alone, and of h instead of x the second.
+
+    Args:
+        h: `[T, M, rounds, (j, i), slab]`: rank i of each slab of a round, for every j alike.
+
+    Returns:
+        y with the delta; without y `[T, M, parts, rounds, (j, i), slab]`: what each CTA has found
+        for rank i of column group j. Rounds without a slab are not written.
+    """
+    shrinks, expands = x is not None, y is not None
+    whole = shrinks and expands
     dtype, layers = pool.dtype, pool.shape[0]
-    tokens = x.shape[0]
     most_slabs = ceil_div(max_rank, SLAB_RANKS)
     line = jnp.int32(layers) if layer is None else layer
     stages, blocks = tuning.stages, adapters.work.shape[2]
-    widths = (modules.inputs, *modules.outputs)
+    # A half alone must not know the other's widths: there may be no such matrix.
+    widths = (modules.inputs,) * shrinks + modules.outputs * expands
     unit = min(tuning.copy_tiles, layout.copy_tiles, *map(layout.slab_tiles, widths))
 
     def copies_of(columns: int) -> int:  # of a slab
         return ceil_div(ceil_div(columns, TILE_COLUMNS), unit)
 
-    a_copies, b_copies = copies_of(modules.inputs), [copies_of(n) for n in modules.outputs]
+    a_copies = copies_of(modules.inputs) if shrinks else 0
+    b_copies = [copies_of(n) if expands else 0 for n in modules.outputs]
     parts = ceil_div(tuning.ctas, blocks * modules.count)
     parts = min(parts, tuning.most_parts, max(a_copies, *b_copies))
     parts = max(parts, ceil_div(max(b_copies) * unit, MOST_TILES))
-    parts = next((n for n in CLUSTERS if n >= parts), max(CLUSTERS))
+    if whole:
+        parts = next((n for n in CLUSTERS if n >= parts), max(CLUSTERS))
     # The interpreter knows no stores into another CTA's memory: there, each multiplies all of A.
-    exchange = parts > 1 and not interpreted()
-    a_share = ceil_div(a_copies, parts) if exchange else a_copies
+    exchange = whole and parts > 1 and not interpreted()
+    divided = exchange or not whole
+    a_share = ceil_div(a_copies, parts) if divided else a_copies
     b_shares = [ceil_div(n, parts) for n in b_copies]
     held = max(min(HELD_TILES // unit, max(b_shares)), 1)  # copies whose outputs are held at a time
     passes = ceil_div(max(b_shares), held)
@@ -94,7 +179,7 @@ def lora_gather(
     sizes = [*sorted({n // TILE % GROUPS for n in modules.outputs} - {0}), GROUPS]
     most_rounds = ceil_div(most_slabs, ROUND)
 
-    def body(y_gmem, x_gmem, pool_gmem, line_gmem, work, scales, page_list) -> None:
+    def body(given_gmem, pool_gmem, line_gmem, work, scales, page_list, result_gmem) -> None:
         block, module, part = (lax.axis_index(name) for name in ("block", "module", "part"))
         where = line_gmem[0], modules.first + module, block
         token, count, slabs, a_tile, segment = (work[(*where, f)] for f in range(5))
@@ -116,7 +201,7 @@ def lora_gather(
 
         def run(smem, x_ready, y_ready, ready, free, shared) -> None:
             x_smem, y_smem, tiles, sums_smem, twice, spread = smem
-            a_first = part * a_share if exchange else 0 * part
+            a_first = part * a_share if divided else 0 * part
             a_mine = jnp.clip(a_copies - a_first, 0, a_share)
             b_first = part * of_module(b_shares)
             b_mine = jnp.clip(of_module(b_copies) - b_first, 0, of_module(b_shares))
@@ -138,7 +223,7 @@ def lora_gather(
                         @pl.when(mine & (here >= size if size == GROUPS else here == size))
                         def _(size=size):
                             do(
-                                y_gmem.at[token, pl.ds(group + t * GROUPS, size)],
+                                result_gmem.at[token, pl.ds(group + t * GROUPS, size)],
                                 y_smem.at[pl.ds(pl.multiple_of(t * GROUPS, GROUPS), size)],
                             )
 
@@ -179,10 +264,14 @@ def lora_gather(
 
                     @pl.when(t < a_mine * unit)
                     def _(t=t, groups_of=groups_of):
-                        plgpu.copy_gmem_to_smem(x_gmem.at[token, groups_of], x_smem.at[t], x_ready)
+                        there = given_gmem.at[token, groups_of]
+                        plgpu.copy_gmem_to_smem(there, x_smem.at[t], x_ready)
 
                     pl.when(t >= a_mine * unit)(lambda: plgpu.barrier_arrive(x_ready))
-                fetch_slabs(0, a_tile + a_first * unit, a_stride, a_mine)
+                if shrinks:
+                    fetch_slabs(0, a_tile + a_first * unit, a_stride, a_mine)
+                if not expands:
+                    return
                 for_tiles(
                     lambda row, smem: plgpu.copy_gmem_to_smem(row, smem, y_ready),
                     lambda: plgpu.barrier_arrive(y_ready),
@@ -240,6 +329,9 @@ def lora_gather(
 
                     zeros = plgpu.layout_cast(jnp.zeros((TILE, ROUND), jnp.float32), WGMMA)
                     sums = lax.fori_loop(0, jnp.minimum(slabs - round_ * ROUND, ROUND), one, zeros)
+                    if not expands:
+                        result_gmem[token, module, part, round_] = sums
+                        return
                     sums_smem[round_, part if exchange else 0] = sums
                     for p in range(parts if exchange else 0):
 
@@ -249,8 +341,11 @@ def lora_gather(
                             there = sums_smem.at[round_, part]
                             plgpu.async_store_smem(sums, there, shared.at[round_], **to)
 
-                def prepare(round_: Any) -> None:
-                    """h of 8 slabs, as `spread` has it."""
+                def total_of(round_: Any) -> jax.Array:
+                    """h of 8 slabs, `[(j, i), slab]`: for every j rank i, summed over all j."""
+                    if not shrinks:
+                        h = given_gmem.at[token, module, round_]
+                        return plgpu.load(h, layout=WGMMA, optimized=False)
                     if exchange:
                         plgpu.barrier_wait(shared.at[round_])
                     sums = [
@@ -265,6 +360,11 @@ def lora_gather(
                     h = moved(twice, 0)
                     for j in range(1, GROUPS):
                         h += moved(twice, SLAB_RANKS * j)
+                    return h
+
+                def prepare(round_: Any) -> None:
+                    """h of 8 slabs, as `spread` has it."""
+                    h = total_of(round_)
 
                     @pl.loop(0, jnp.minimum(slabs - round_ * ROUND, ROUND))
                     def _(s):
@@ -279,9 +379,13 @@ def lora_gather(
 
                     plgpu.commit_smem()
 
-                plgpu.barrier_wait(x_ready)
-                pl.loop(0, rounds)(shrink)
-                plgpu.commit_smem()
+                if shrinks:
+                    plgpu.barrier_wait(x_ready)
+                    pl.loop(0, rounds)(shrink)
+                if not expands:
+                    return
+                if shrinks:
+                    plgpu.commit_smem()
                 pl.loop(0, rounds)(prepare)
                 plgpu.barrier_wait(y_ready)
 
@@ -327,57 +431,76 @@ def lora_gather(
 
         @pl.when((count > 0) & (slabs > 0))
         def _():
-            senders = parts if exchange else 1
-            columns = plgpu.find_swizzle(ROUND * 32) // 4
+            # What a half does not use is None, and takes no room in shared memory.
+            x_smem = y_smem = sums_smem = twice = spread = x_ready = y_ready = shared = None
+            if shrinks:
+                x_smem = plgpu.SMEM((x_tiles, GROUPS, TILE), dtype, transforms=swizzled())
+                x_ready = plgpu.Barrier(num_arrivals=x_tiles)
+            if expands:
+                y_smem = plgpu.SMEM((y_tiles * GROUPS, TILE), dtype)
+                y_ready = plgpu.Barrier(num_arrivals=y_tiles)
+                spread = plgpu.SMEM((most_slabs, 2 * GROUPS, TILE), dtype, transforms=swizzled())
+            if whole:
+                senders = parts if exchange else 1
+                sums_smem = plgpu.SMEM(
+                    (most_rounds, senders, TILE, ROUND),
+                    jnp.float32,
+                    transforms=swizzled(plgpu.find_swizzle(ROUND * 32) // 4, itemsize=4),
+                )
+                twice = plgpu.SMEM((2 * TILE, ROUND), jnp.float32)
+                shared = plgpu.Barrier(num_arrivals=max(senders - 1, 1), num_barriers=most_rounds)
+            tiles = plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=swizzled())
             pl.run_scoped(
                 run,
-                (
-                    plgpu.SMEM((x_tiles, GROUPS, TILE), dtype, transforms=swizzled()),
-                    plgpu.SMEM((y_tiles * GROUPS, TILE), dtype),
-                    plgpu.SMEM((stages, unit * TILE, TILE), dtype, transforms=swizzled()),
-                    plgpu.SMEM(
-                        (most_rounds, senders, TILE, ROUND),
-                        jnp.float32,
-                        transforms=swizzled(columns, itemsize=4),
-                    ),
-                    plgpu.SMEM((2 * TILE, ROUND), jnp.float32),
-                    plgpu.SMEM((most_slabs, 2 * GROUPS, TILE), dtype, transforms=swizzled()),
-                ),
-                plgpu.Barrier(num_arrivals=x_tiles),
-                plgpu.Barrier(num_arrivals=y_tiles),
+                (x_smem, y_smem, tiles, sums_smem, twice, spread),
+                x_ready,
+                y_ready,
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_arrivals=max(senders - 1, 1), num_barriers=most_rounds),
+                shared,
                 collective_axes="warpgroup",
             )
 
-    missing = -x.shape[1] % (unit * TILE_COLUMNS)
-    if missing:  # whole copies only: no TMA box ends within a tile
-        x = jnp.pad(x, ((0, 0), (0, missing)))
-    result = jax.new_ref(y.reshape(tokens, -1, TILE))
-    pl.kernel(
-        body,
-        out_type=(),
-        mesh=plgpu.Mesh(
-            grid=(blocks, modules.count),
-            grid_names=("block", "module"),
-            cluster=(parts,),
-            cluster_names=("part",),
-            num_threads=2,
-            thread_name="warpgroup",
-        ),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        name="lora_gather",
-    )(
-        result,
-        x.reshape(tokens, -1, TILE),  # pyright: ignore[reportCallIssue]
+    given: Any = h
+    if x is not None:
+        missing = -x.shape[1] % (unit * TILE_COLUMNS)
+        if missing:  # whole copies only: no TMA box ends within a tile
+            x = jnp.pad(x, ((0, 0), (0, missing)))
+        given = x.reshape(x.shape[0], -1, TILE)
+    operands: list[Any] = [
+        given,
         tiled_pool(pool, layout),
         line.reshape(1).astype(jnp.int32),
         adapters.work,
         adapters.work_scale,
         adapters.pages,
-    )
-    return result[...].reshape(y.shape)
+    ]
+    out_type: Any = ()
+    if y is None:
+        shape = given.shape[0], modules.count, parts, most_rounds, TILE, ROUND
+        out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+    else:
+        operands.append(jax.new_ref(y.reshape(y.shape[0], -1, TILE)))
+    if whole:
+        name, clusters = "lora_gather", {"cluster": (parts,), "cluster_names": ("part",)}
+        grid = {"block": blocks, "module": modules.count}
+    else:
+        name, clusters = f"lora_gather_{'shrink' if shrinks else 'expand'}", {}
+        grid = {"block": blocks, "module": modules.count, "part": parts}
+    sums: Any = pl.kernel(
+        body,
+        out_type=out_type,
+        mesh=plgpu.Mesh(
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            num_threads=2,
+            thread_name="warpgroup",
+            **clusters,
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        name=name,
+    )(*operands)
+    return sums if y is None else operands[-1][...].reshape(y.shape)
 
 
 def moved(ref: Any, first: int) -> jax.Array:

@@ -5,7 +5,8 @@ The grouped form, for prefill: a line of `adapters.work` is a block of tokens, r
 block lies in 64 rows that start at a multiple of 8, as the swizzle of shared memory does, so it
 must be cut there: `first_token % 8 + tokens <= 64`. Between the halves h lies in memory as float32
 parts, one of each split of the inputs, slab by slab; the slabs of a block are counted through the
-modules. `lora_grouped_expand.py` is the other half.
+modules. `lora_grouped_expand.py` is the other half. Where h is to leave the blocks in between,
+`of_tokens` and `of_blocks` are the way out and in again.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Work:
         )
         self.slabs = [work[line, first + m, block, 2] for m in range(modules.count)]
         self.tiles = [work[line, first + m, block, 3] for m in range(modules.count)]
-        self.base = lax.div(self.first_token, jnp.int32(8)) * 8
+        self.base = _base(self.first_token)
         self.row = self.first_token - self.base
 
     @property
@@ -222,3 +223,57 @@ def grouped_shrink(
         ),
         name="lora_grouped_shrink",
     )(x, tiled_pool(pool, layout), line.reshape(1), adapters.work, adapters.pages)  # pyright: ignore[reportCallIssue]
+
+
+def of_tokens(
+    h: jax.Array,
+    layer: jax.Array | None,
+    adapters: Adapters,
+    *,
+    modules: Modules,
+    tokens: int,
+    max_rank: int,
+) -> jax.Array:
+    """h of blocks, as `grouped_shrink` gives it, summed and token by token.
+
+    Returns:
+        `[T, M, R]`. Slabs past a module's rank, and all of a token that has no adapter, hold
+        anything, NaN as well.
+    """
+    first, size, slabs = _lines(layer, adapters, modules)
+    token = jnp.arange(tokens)
+    inside = (token[:, None] >= first) & (token[:, None] < first + size)
+    block = jnp.argmax(inside, axis=1)
+    before = jnp.cumsum(slabs, axis=1) - slabs  # [blocks, M]
+    slab = before[block][:, :, None] + jnp.arange(ceil_div(max_rank, SLAB_RANKS))  # [T, M, slab]
+    row = token - _base(first)[block]
+    where = block[:, None, None], slab, row[:, None, None]
+    ranks = h.sum(axis=2).at[where].get(mode="clip")
+    return ranks.reshape(tokens, modules.count, -1)[:, :, :max_rank]
+
+
+def of_blocks(
+    h: jax.Array, layer: jax.Array | None, adapters: Adapters, *, modules: Modules
+) -> jax.Array:
+    """`[T, M, R]` block by block, as `grouped_expand` wants it, in one part."""
+    count, max_rank = h.shape[1:]
+    most_slabs = ceil_div(max_rank, SLAB_RANKS)
+    h = jnp.pad(h, ((0, 0), (0, 0), (0, most_slabs * SLAB_RANKS - max_rank)))
+    h = h.reshape(-1, count, most_slabs, SLAB_RANKS)
+    first, _, slabs = _lines(layer, adapters, modules)
+    index, ends = jnp.arange(count * most_slabs), jnp.cumsum(slabs, axis=1)
+    module = (index >= ends[:, :, None]).sum(axis=1)  # [blocks, slab]
+    slab = index - jnp.take_along_axis(ends - slabs, module, axis=1, mode="clip")
+    token = _base(first)[:, None] + jnp.arange(ROWS)
+    return h.at[token[:, None], module[:, :, None], slab[:, :, None]].get(mode="clip")[:, :, None]
+
+
+def _lines(layer: jax.Array | None, adapters: Adapters, modules: Modules) -> tuple[Any, Any, Any]:
+    """First token and tokens of each block, and the slabs `[blocks, M]` of its modules."""
+    line = adapters.work[-1 if layer is None else layer, modules.places]
+    return line[0, :, 0], line[0, :, 1], line[:, :, 2].T
+
+
+def _base(first_token: Any) -> Any:
+    """The token in row 0 of a block: copies start at multiples of 8."""
+    return lax.div(first_token, jnp.int32(8)) * 8

@@ -103,6 +103,10 @@ class EngineConfig(SchedulingOptions):
         load_format: "dummy" makes random weights of the true shape on the device.
         kernel_backend: "mosaic" (Pallas Mosaic GPU, NVIDIA Hopper) or "xla" (everywhere);
             "auto": mosaic where it can run. The environment variable SLORA_BACKEND overrides it.
+        tensor_parallel_size: devices that the model is dealt out to, of all that JAX sees.
+        lora_partition: how adapters are dealt out to them. "slora": each weight once, as published,
+            with collectives of its own; "no-comm": some weights on every device, and no collective
+            but the base model's. "auto": no-comm, the faster one.
         page_size: S, tokens of a KV page.
         num_pages: pages of the pool, the reserved one included; None: what the device has room for.
         gpu_memory_utilization: share of the device's memory that weights and pool may take.
@@ -127,6 +131,8 @@ class EngineConfig(SchedulingOptions):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     kernel_backend: Literal["auto", "mosaic", "xla"] = "auto"
+    tensor_parallel_size: int = 1
+    lora_partition: Literal["auto", "slora", "no-comm"] = "auto"
     page_size: int = 16
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -149,6 +155,7 @@ class EngineConfig(SchedulingOptions):
             object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))
         sizes = self.decode_batch_sizes
         checks = {
+            "tensor_parallel_size": (self.tensor_parallel_size >= 1, "at least 1"),
             "page_size": (self.page_size in (16, 32, 64), "16, 32 or 64"),
             "num_pages": (self.num_pages is None or self.num_pages >= 2, "at least 2"),
             "gpu_memory_utilization": (
@@ -187,6 +194,7 @@ class EngineConfig(SchedulingOptions):
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("load_format", ("auto", "dummy")),
             ("kernel_backend", ("auto", "mosaic", "xla")),
+            ("lora_partition", ("auto", "slora", "no-comm")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")

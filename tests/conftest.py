@@ -2,7 +2,7 @@
 """While testing, the shapes in the signatures of the operations on the pool are checked.
 
 Only theirs: pytrees of weights are also made of shapes and specs, which are no arrays. Nothing is
-timed: examples have no deadline.
+timed: examples have no deadline. A CPU is eight devices; most tests use the first one only.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 # Mosaic's interpreter has a thread of XLA's pool wait for another one: a pool of as many threads as
 # the machine has cores can deadlock. XLA reads this once, when JAX makes its CPU client.
 os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 # Where a GPU is tested, these two may be missing.
 if importlib.util.find_spec("hypothesis") is not None:

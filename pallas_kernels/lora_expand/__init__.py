@@ -3,8 +3,9 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_expand import reference
+from pallas_kernels.lora_expand import mosaic, reference
 from pallas_kernels.segments import Adapters, Modules
 
 
@@ -17,17 +18,21 @@ def lora_expand(
     *,
     modules: Modules,
     layout: PageLayout,
+    backend: Backend = "xla",
 ) -> Float[Array, "T O"]:
     """`y + s · h Bᵀ`, each token with its own adapter's B and scale s.
 
-    On its own it has XLA's implementation only; `lora_delta` is the fast way through both halves.
+    For where h has crossed devices, or was looked up; `lora_delta` is the fast way through both
+    halves on one.
 
     Args:
         y: the base model's output, modules side by side.
         h: from `lora_shrink` or `lora_lookup`, float32; not rounded before the sum is done.
         layer: as in `lora_shrink`.
+        modules: with `inputs` 0 where they have B alone in their sections; else B follows A.
 
     Returns:
         In y's dtype, rounded once. Tokens of the base model keep y bit for bit.
     """
-    return reference.lora_expand(y, h, pool, layer, adapters, modules=modules, layout=layout)
+    implementation = mosaic if backend == "mosaic" else reference
+    return implementation.lora_expand(y, h, pool, layer, adapters, modules=modules, layout=layout)

@@ -2,19 +2,23 @@
 """From a PEFT directory to an adapter in host memory, ready to be copied to the device."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Array
 
 from pallas_kernels.layout import PageLayout
-from slora_jax.adapters.pack import PackedAdapter, pack
+from sharding import Placement
+from sharding.specs import PAGES
+from slora_jax.adapters.pack import PackedAdapter, num_pages, pack
 from slora_jax.adapters.peft import AdapterError, Signature, read_adapter, signature_of
-from slora_jax.config import LAYER_MODULES, ModelConfig
-from slora_jax.model.checkpoint import Checkpoint
+from slora_jax.config import LAYER_MODULES
+from slora_jax.model.formats import open_checkpoint
+from slora_jax.model.shards import ModelShards
 
 CHUNKS = (8, 4, 2, 1)  # pages that are copied and installed at a time: a program for each
 
@@ -29,8 +33,8 @@ class HostAdapter:
         signature: of its files, just before they were read; see `signature_of`.
         rank: the largest of any module.
         num_pages: that it takes in the pool.
-        chunks: its pages in order, `[n, L, page_elems]` each, with n of `CHUNKS`.
-        tables: lines of `LoraTables`: rank, first_tile and scale, `[L+1, M]` each.
+        chunks: its pages in order, `[n, L, page_elems]` of each device, with n of `CHUNKS`.
+        tables: lines of `LoraTables`: rank, first_tile and scale, `[L+1, C]` each.
     """
 
     id: str
@@ -38,18 +42,20 @@ class HostAdapter:
     signature: Signature
     rank: int
     num_pages: int
-    chunks: tuple[Array | np.ndarray, ...]
+    chunks: tuple[Array, ...]
     tables: tuple[np.ndarray, np.ndarray, np.ndarray]
 
     @property
     def nbytes(self) -> int:
-        return sum(chunk.nbytes for chunk in self.chunks)
+        """Bytes of this process's memory."""
+        shards = (shard for chunk in self.chunks for shard in chunk.addressable_shards)
+        return sum(shard.data.nbytes for shard in shards)
 
     @property
     def adapted(self) -> frozenset[str]:
         """Modules of layers that it adapts."""
         rank, _, _ = self.tables
-        adapted = rank[:-1].any(axis=0)
+        adapted = rank[:-1, : len(LAYER_MODULES)].any(axis=0)
         return frozenset(name for name, yes in zip(LAYER_MODULES, adapted, strict=True) if yes)
 
     @property
@@ -63,34 +69,38 @@ class AdapterReader:
     """Reads adapters for one base model and one pool. May be used by several threads.
 
     Args:
-        config: the base model's shape.
+        model: the base model, and what each device holds of it and of its adapters.
         layout: of the pool's pages.
         dtype: of the pool.
         max_rank: largest rank that is accepted.
         capacity: pages of the pool: an adapter that can never fit is refused.
         model_dir: the base model's checkpoint, to compare with the copies of its embeddings that
             PEFT saves; None for random weights.
-        memory: where adapters are kept; None: NumPy's memory.
+        placement: the devices.
+        memory_kind: of JAX, where adapters are kept: "pinned_host", memory of the host that
+            devices copy from; "device" on a CPU.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelShards,
         layout: PageLayout,
         dtype: np.dtype,
         *,
         max_rank: int,
         capacity: int,
         model_dir: Path | None,
-        memory: Sharding | None = None,
+        placement: Placement,
+        memory_kind: str = "device",
     ):
-        self._config = config
+        self._model = model
         self._layout = layout
         self._dtype = dtype
         self._max_rank = max_rank
         self._capacity = capacity
         self._model_dir = model_dir
-        self._memory = memory
+        self._placement = placement
+        self._memory_kind = memory_kind
 
     def read(self, path: str | Path, name: str | None = None) -> HostAdapter:
         """Reads and checks a directory.
@@ -102,62 +112,77 @@ class AdapterReader:
         signature = signature_of(path)
         adapter = read_adapter(
             path,
-            self._config,
+            self._model.config,
             name=name,
             max_rank=self._max_rank,
             base_weight=self._read_base if self._model_dir else None,
         )
-        packed = pack(adapter, self._config, self._layout, self._dtype)
-        if len(packed.pages) > self._capacity:
+        pages = num_pages(adapter, self._model, self._layout)
+        if pages > self._capacity:
             raise AdapterError(
-                f"the adapter {adapter.name!r} of rank {adapter.max_rank} takes "
-                f"{len(packed.pages)} pages, the pool has {self._capacity}: raise num_pages"
+                f"the adapter {adapter.name!r} of rank {adapter.max_rank} takes {pages} pages, the "
+                f"pool has {self._capacity}: raise num_pages"
             )
+        packed = {
+            device: pack(adapter, self._model, self._layout, self._dtype, device)
+            for device in self._placement.own
+        }
         return host_adapter(
             packed,
             id=adapter.digest,
             path=path,
             signature=signature,
             rank=adapter.max_rank,
-            memory=self._memory,
+            placement=self._placement,
+            memory_kind=self._memory_kind,
         )
 
     def _read_base(self, module: str) -> np.ndarray:
         """The base's `embed_tokens` or `lm_head`, `[V, E]`."""
         assert self._model_dir is not None
-        own_head = module == "lm_head" and not self._config.tie_word_embeddings
-        with Checkpoint(self._model_dir) as checkpoint:
+        own_head = module == "lm_head" and not self._model.config.tie_word_embeddings
+        with open_checkpoint(self._model_dir) as checkpoint:
             return checkpoint.read("lm_head.weight" if own_head else "model.embed_tokens.weight")
 
 
 def host_adapter(
-    packed: PackedAdapter,
+    packed: Mapping[int, PackedAdapter],
     *,
     id: str,
     path: Path,
     signature: Signature,
     rank: int,
-    memory: Sharding | None,
+    placement: Placement,
+    memory_kind: str,
 ) -> HostAdapter:
     """Cuts a packed adapter into chunks and puts them where it is to be kept.
+
+    Args:
+        packed: what each of this process's devices holds, by its place on the tensor axis.
 
     Raises:
         AdapterError: there is no page-locked memory left.
     """
+    one = next(iter(packed.values()))
     chunks, first = [], 0
-    for size in chunk_sizes(len(packed.pages)):
-        chunks.append(packed.pages[first : first + size])
-        first += size
-    if memory is not None:
-        try:
-            chunks = jax.block_until_ready(jax.device_put(chunks, memory))
-        except jax.errors.JaxRuntimeError as error:
-            raise AdapterError(
-                f"{path}: no page-locked memory is left for it. Lower max_cpu_lora_gib, or raise "
-                "the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-            ) from error
-    tables = packed.rank, packed.first_tile, packed.scale
-    return HostAdapter(id, path, signature, rank, len(packed.pages), tuple(chunks), tables)
+    try:
+        for size in chunk_sizes(len(one.pages)):
+            chunk = partial(_pages, packed, slice(first, first + size))
+            shape = (size, *one.pages.shape[1:])
+            chunks.append(placement.put(chunk, shape, PAGES, memory_kind))
+            first += size
+        jax.block_until_ready(chunks)
+    except jax.errors.JaxRuntimeError as error:
+        raise AdapterError(
+            f"{path}: no page-locked memory is left for it. Lower max_cpu_lora_gib, or raise "
+            "the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+        ) from error
+    tables = one.rank, one.first_tile, one.scale
+    return HostAdapter(id, path, signature, rank, len(one.pages), tuple(chunks), tables)
+
+
+def _pages(packed: Mapping[int, PackedAdapter], rows: slice, device: int) -> np.ndarray:
+    return packed[device].pages[rows]
 
 
 def chunk_sizes(pages: int) -> list[int]:

@@ -11,6 +11,7 @@ from importlib import import_module
 # Each command's module and what it does. The server's stands above this package, which does not
 # import it: the module is loaded by name when the command is asked for.
 _COMMANDS = {
+    "convert": (f"{__name__}.convert", "convert a base model from safetensors to Orbax, or back"),
     "demo": (f"{__name__}.demo", "serve the adapters of this package, all in one batch"),
     "generate": (f"{__name__}.generate", "serve a file of completion requests"),
     "serve": ("server.command", "serve HTTP: OpenAI's API, metrics, and a page to try it"),

@@ -38,6 +38,9 @@ _SCHEDULING_HELP: Mapping[str, str] = {
 _ENGINE_HELP: Mapping[str, str] = {
     "dtype": "of weights, KV cache and adapters; auto: the checkpoint's, on a CPU float32",
     "load_format": "dummy: random weights of the model's shape",
+    "tensor_parallel_size": "devices that the model is dealt out to",
+    "lora_partition": "how adapters are dealt out: each weight once, as S-LoRA does, or some on "
+    "every device, without communication of its own; auto: no-comm",
     "page_size": "tokens of a KV page",
     "num_pages": "pages of the pool (default: what the device has room for)",
     "gpu_memory_utilization": "share of the device's memory for weights and pool",

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.manager import AdapterManager, Rescan
@@ -30,7 +28,7 @@ from slora_jax.core import (
 from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
-from slora_jax.engine.setup import keep_compiled_programs, page_layout, resolve
+from slora_jax.engine.setup import Setup, keep_compiled_programs, set_up
 from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages, staging_pages
 from slora_jax.engine.warm_up import warm_up
 from slora_jax.hf_config import read_model_config
@@ -53,6 +51,7 @@ _WAIT_S = 0.1  # at a time, when nothing can run before some adapter has come
 class _Pending(NamedTuple):
     """A step that the device is doing."""
 
+    plan: StepPlan
     result: StepResult
     load: StepLoad
 
@@ -84,27 +83,26 @@ class Engine:
     ):
         model_dir = Path(model)
         self.config = read_model_config(model_dir)
-        self.options = resolve(EngineConfig(**options), self.config)
-        keep_compiled_programs(self.options.compilation_cache_dir)
+        setup = set_up(EngineConfig(**options), self.config)
+        keep_compiled_programs(setup.options.compilation_cache_dir)
         self.tokenizer = load_tokenizer(model_dir)
-        dtype = jnp.dtype(self.options.dtype)
-        if self.options.load_format == "dummy":
-            weights = dummy_weights(self.config, dtype, self.options.seed)
+        how = setup.model, setup.dtype, setup.placement
+        if setup.options.load_format == "dummy":
+            weights = dummy_weights(*how, setup.options.seed)
         else:
-            weights = load_weights(model_dir, self.config, dtype, progress=progress)
-        layout = page_layout(self.config, self.options)
-        if self.options.num_pages is None:
-            pages = pool_pages(weights, self.config, self.options, layout)
-            self.options = replace(self.options, num_pages=pages)
-        assert self.options.num_pages is not None
-        check_pool_fits(self.options.num_pages, weights, self.config, layout)
-        self._layout = layout
-        self.pool = PagePool(self.options.num_pages)
-        self.runner = ModelRunner(weights, self.config, self.options, layout)
+            weights = load_weights(model_dir, *how, progress=progress)
+        num_pages = setup.options.num_pages
+        if num_pages is None:
+            num_pages = pool_pages(weights, setup)
+        check_pool_fits(num_pages, setup)
+        self.options = replace(setup.options, num_pages=num_pages)
+        self.setup = replace(setup, options=self.options)
+        self.pool = PagePool(num_pages)
+        self.runner = ModelRunner(weights, self.setup)
         self._lock = threading.RLock()  # of all below; not held while the device or a file is read
         self.adapters = AdapterManager(
             self._lock,
-            _adapter_reader(self, model_dir).read,
+            _adapter_reader(self.setup, model_dir).read,
             self.runner,
             self.pool,
             num_slots=self.options.max_loras,
@@ -113,9 +111,9 @@ class Engine:
                 host_bytes(self.options),
                 ThreadPoolExecutor(self.options.lora_load_threads, "adapters"),
             ),
-            staging_pages=staging_pages(self.config, self.options, layout),
+            staging_pages=staging_pages(self.setup),
             requests=lambda: self.scheduler.requests,
-            page_size=layout.page_size,
+            page_size=self.options.page_size,
             threads=self.options.lora_load_threads,
         )
         self.cost_model = CostModel()  # learns from every step what the next ones will take
@@ -123,7 +121,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool,
             self.adapters.cache,
-            page_size=layout.page_size,
+            page_size=self.options.page_size,
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=step_tokens,
             policy=make_policy(self.options, self.cost_model, step_tokens),
@@ -395,7 +393,7 @@ class Engine:
             return outputs
         jax.block_until_ready(previous.result.tokens)
         with self._lock:
-            outputs += self._read(previous.result)
+            outputs += self._read(previous)
             end = time.monotonic()
             self._step_seconds = end - self._step_start
             self.cost_model.observe(previous.load, self._step_seconds)
@@ -405,7 +403,7 @@ class Engine:
     def _dispatch(self, plan: StepPlan) -> _Pending:
         result = self.runner.run(plan, self.adapters.loader.taken)
         self._num_steps += 1
-        return _Pending(result, step_load(plan, self.adapters.rank_of))
+        return _Pending(plan, result, step_load(plan, self.adapters.rank_of))
 
     def _failed_loads(self) -> list[RequestOutput]:
         """Ends the requests whose adapters could not be read again."""
@@ -435,13 +433,14 @@ class Engine:
         progress = self._progress.get(request.id)
         return progress if progress is not None and progress.request is request else None
 
-    def _read(self, result: StepResult) -> list[RequestOutput]:
+    def _read(self, step: _Pending) -> list[RequestOutput]:
         """Turns a step's results into outputs; waits for them to arrive."""
+        result = step.result
         tokens = np.asarray(result.tokens).tolist()
         found = None if result.logprobs is None else HostLogprobs(result.logprobs)
-        self._read_prompt_logprobs(result)
+        self._read_prompt_logprobs(step)
         outputs = []
-        for index, row in enumerate(result.plan.rows):
+        for index, row in enumerate(step.plan.rows):
             request = row.request
             request.in_flight -= row.samples
             progress = self._progress_of(request)
@@ -456,11 +455,12 @@ class Engine:
             outputs.append(output)
         return outputs
 
-    def _read_prompt_logprobs(self, result: StepResult) -> None:
+    def _read_prompt_logprobs(self, step: _Pending) -> None:
+        result = step.result
         if result.prompt_logprobs is None:
             return
         found, first = HostLogprobs(result.prompt_logprobs), 0
-        for row in result.plan.rows:
+        for row in step.plan.rows:
             request, progress = row.request, self._progress_of(row.request)
             if request.params.prompt_logprobs is not None and progress is not None:
                 k = self._k(request.params.prompt_logprobs)
@@ -519,16 +519,16 @@ def _adapters_of(requests: Iterable[Request]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(r.adapter for r in requests if r.adapter is not None))
 
 
-def _adapter_reader(engine: Engine, model_dir: Path) -> AdapterReader:
-    options = engine.options
-    on_cpu = jax.default_backend() == "cpu"
-    pinned = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+def _adapter_reader(setup: Setup, model_dir: Path) -> AdapterReader:
+    options = setup.options
+    assert options.num_pages is not None
     return AdapterReader(
-        engine.config,
-        page_layout(engine.config, options),
-        np.dtype(options.dtype),
+        setup.model,
+        setup.layout,
+        np.dtype(setup.dtype),
         max_rank=options.max_lora_rank,
-        capacity=engine.pool.capacity,
+        capacity=options.num_pages - 1,
         model_dir=None if options.load_format == "dummy" else model_dir,
-        memory=None if on_cpu else pinned,
+        placement=setup.placement,
+        memory_kind="device" if jax.default_backend() == "cpu" else "pinned_host",
     )

@@ -7,7 +7,7 @@ read a step later.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,28 +15,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
-from pallas_kernels.layout import PageLayout
+from sharding.specs import PAGES, REPLICATED
 from slora_jax.adapters.reader import CHUNKS, HostAdapter
-from slora_jax.config import EngineConfig, ModelConfig
-from slora_jax.core import Install, Request, StepPlan
+from slora_jax.core import Install, StepPlan
 from slora_jax.engine import programs
-from slora_jax.engine.packing import (
-    MOST_BANNED,
-    banned_ids,
-    buckets_of,
-    pack_step,
-    padded,
-    penalties,
-    sampling,
-)
-from slora_jax.engine.programs import StepShape, resolved_backend
+from slora_jax.engine.command import Choice, Counts, StepCommand, step_command
+from slora_jax.engine.packing import buckets_of, padded
+from slora_jax.engine.programs import StepShape, step_shape
 from slora_jax.engine.sampler import Logprobs, TokenCounts
-from slora_jax.engine.state import new_state
+from slora_jax.engine.setup import Setup
+from slora_jax.engine.state import new_state, state_shardings
 from slora_jax.model.inputs import Bucket
-from slora_jax.model.llama import LoraMode
 from slora_jax.model.weights import LlamaWeights
 from slora_jax.pool.allocator import RESERVED_PAGE
 
@@ -48,7 +39,7 @@ class StagedAdapter:
     """An adapter in staging: the device's memory beside the pool. The copy may be under way.
 
     Attributes:
-        chunks: `[n, L, page_elems]` each.
+        chunks: `[n, L, page_elems]` each, on each device.
         tables: its lines of `LoraTables`, on the device.
         adapted: modules of layers that it adapts.
         has_outer: whether it adapts the embedding or the head.
@@ -69,51 +60,39 @@ class StagedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gives, still on its way from the device. Row r is `plan.rows[r]`."""
+    """What a step gives, still on its way from the device."""
 
-    plan: StepPlan
     tokens: Array  # int32[B]
     logprobs: Logprobs | None  # of rows that asked for them, [B, k]
     prompt_logprobs: Logprobs | None  # of the token after each of the step's tokens, [T, k]
 
 
 class ModelRunner:
-    """The device's side of the engine.
+    """The devices' side of the engine.
 
     Args:
-        weights: on the device.
-        config: the model's shape.
-        options: the engine's; `num_pages` and `max_model_len` are set.
-        layout: of pages.
+        weights: on the devices.
+        setup: the engine's; `num_pages` is set.
+
+    Attributes:
+        state: what lives on the devices between steps.
+        shape: what all steps are compiled for; each has its own bucket and kind.
+        buckets: those of the engine.
     """
 
-    def __init__(
-        self,
-        weights: LlamaWeights,
-        config: ModelConfig,
-        options: EngineConfig,
-        layout: PageLayout,
-    ):
+    def __init__(self, weights: LlamaWeights, setup: Setup):
         self._weights = weights
-        self._options = options
-        self._staging = SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-        # Committed to the device from the start, as all that a step returns once an adapter has
+        self._setup = setup
+        self._options = setup.options
+        # Committed to the devices from the start, as all that a step returns once an adapter has
         # been installed: JAX would compile every step again when that changes.
-        fresh = partial(new_state, config, options, layout, weights.embed_tokens.dtype)
-        self.state = jax.jit(fresh, out_shardings=self._staging)()
+        fresh = partial(new_state, setup.model, setup.options, setup.layout, setup.dtype)
+        self.state = jax.jit(fresh, out_shardings=state_shardings(setup.placement))()
         self._counts: TokenCounts | None = None  # made when the first request has penalties
-        self._vocab = config.vocab_size
-        self._shape = StepShape(
-            Bucket(0, 0, 0, 0),
-            False,
-            "none",
-            options.max_lora_rank,
-            config,
-            layout,
-            backend=resolved_backend(options),
-        )
+        self._vocab = setup.config.vocab_size
+        self.shape = step_shape(setup, Bucket(0, 0, 0, 0))
         self._adapted: frozenset[str] = frozenset()  # modules that some adapter has, or has had
-        self.buckets = buckets_of(options)
+        self.buckets = buckets_of(setup.options)
         self._outer: set[int] = set()  # adapter slots with embed_tokens or lm_head
         self._compiled: set[str] = set()
         self._compile_installs()
@@ -127,32 +106,38 @@ class ModelRunner:
         """
         for install in plan.installs:
             self.install(install, staged(install.adapter_id))
-        for request in plan.started:
-            if request.params.penalized:
-                self._start_counting(request)
-        lora_mode = self._lora_mode(plan)
-        shape = replace(
-            self._shape,
-            bucket=self.buckets.of(plan),
-            decode=plan.decode_only,
-            lora_mode=lora_mode,
-            adapted=frozenset() if lora_mode == "none" else self._adapted,
+        return self.execute(
+            step_command(plan, self.buckets, self._options, self._vocab, self._outer, self._adapted)
         )
-        packed = jnp.asarray(pack_step(plan, shape.bucket, self._options.max_num_seqs))
+
+    def execute(self, command: StepCommand) -> StepResult:
+        """Dispatches the model and the sampler; the adapters are installed."""
+        for counts in command.counts:
+            self._start_counting(counts)
+        shape = self.shape_of(command)
         with self._announced(_describe(shape)):
             logits, hidden, pool, page_table = programs.model_step(
-                self._weights, *self.state, packed, shape=shape
+                self._weights, *self.state, command.packed, shape=shape
             )
             self.state = self.state._replace(pool=pool, page_table=page_table)
-        tokens = self._sample(plan, logits)
+        tokens = self._choose(command.choice, logits)
         result = StepResult(
-            plan,
             tokens,
-            self._logprobs(plan, logits, tokens),
-            self._prompt_logprobs(plan, shape, packed, hidden),
+            self._logprobs(command.choice, logits, tokens),
+            self._prompt_logprobs(command, shape, hidden),
         )
         jax.copy_to_host_async((result.tokens, result.logprobs, result.prompt_logprobs))
         return result
+
+    def shape_of(self, command: StepCommand) -> StepShape:
+        """What a command is compiled for."""
+        return replace(
+            self.shape,
+            bucket=command.bucket,
+            decode=command.decode,
+            lora_mode=command.lora_mode,
+            adapted=command.adapted,
+        )
 
     def stage(self, adapter: HostAdapter) -> StagedAdapter:
         """Starts to copy an adapter to the device.
@@ -161,8 +146,15 @@ class ModelRunner:
         host comes behind it, so one of them may begin later by what the copy takes: 0.6 ms for
         32 MiB on an H100.
         """
+        placement = self._setup.placement
+        chunks = jax.device_put(adapter.chunks, placement.sharding(PAGES))
+        tables = tuple(
+            placement.put(lambda _, table=table: table, table.shape, REPLICATED)
+            for table in adapter.tables
+        )
         return StagedAdapter(
-            *jax.device_put((adapter.chunks, adapter.tables), self._staging),
+            chunks,
+            tables,
             adapted=adapter.adapted,
             has_outer=adapter.has_outer,
         )
@@ -176,7 +168,7 @@ class ModelRunner:
         first = 0
         for chunk in staged.chunks:  # the pool is donated each time: the state always has the new
             pages = np.array(install.pages[first : first + len(chunk)], np.int32)
-            pool = programs.install_pages(self.state.pool, pages, chunk)
+            pool = programs.install_pages(self.state.pool, pages, chunk, mesh=self.shape.mesh)
             self.state = self.state._replace(pool=pool)
             first += len(chunk)
         tables = self.state.tables
@@ -190,102 +182,76 @@ class ModelRunner:
 
     def _compile_installs(self) -> None:
         """Writes zeros over zeros, so that no running request waits for a compilation."""
-        pool = self.state.pool
+        pool, placement = self.state.pool, self._setup.placement
         for size in CHUNKS:
             shape = size, pool.shape[0], pool.shape[2]
-            nothing = jnp.zeros(shape, pool.dtype, device=self._staging)
-            pool = programs.install_pages(pool, np.full(size, RESERVED_PAGE, np.int32), nothing)
+            nothing = jax.jit(
+                partial(jnp.zeros, shape, pool.dtype), out_shardings=placement.sharding(PAGES)
+            )()
+            pages = np.full(size, RESERVED_PAGE, np.int32)
+            pool = programs.install_pages(pool, pages, nothing, mesh=self.shape.mesh)
         tables = self.state.tables
-        line = (x[0] for x in (tables.rank, tables.first_tile, tables.scale))
+        line = [
+            placement.put(lambda _, x=x: np.zeros(x.shape[1:], x.dtype), x.shape[1:], REPLICATED)
+            for x in (tables.rank, tables.first_tile, tables.scale)
+        ]
         pages = np.full(tables.pages.shape[1], RESERVED_PAGE, np.int32)
         tables = programs.install_tables(tables, 0, pages, *line)
         self.state = self.state._replace(pool=pool, tables=tables)
 
-    def _lora_mode(self, plan: StepPlan) -> LoraMode:
-        slots = {row.adapter_slot for row in plan.rows} - {None}
-        if not slots:
-            return "none"
-        return "all" if slots & self._outer else "layers"
-
-    def _sample(self, plan: StepPlan, logits: Array) -> Array:
+    def _choose(self, choice: Choice, logits: Array) -> Array:
         """Chooses each row's next token, and keeps it for the next step."""
-        rows, bucket = plan.rows, logits.shape[0]
-        unused = self._options.max_num_seqs
-        slot = padded([row.slot if row.samples else unused for row in rows], bucket, unused)
-        penalized = any(row.samples and row.request.params.penalized for row in rows)
-        if penalized:
+        bucket = logits.shape[0]
+        if choice.penalties is not None:
             assert self._counts is not None
             with self._announced(f"penalties of {bucket} rows"):
-                logits = programs.penalize(logits, self._counts, slot, penalties(rows, bucket))
-        banned = [banned_ids(row) for row in rows]
-        if any(banned):
-            ids = [padded(sorted(ids), MOST_BANNED, self._vocab) for ids in banned]
-            filler = np.full((bucket - len(rows), MOST_BANNED), self._vocab, np.int32)
-            logits = programs.ban(logits, np.concatenate([np.stack(ids), filler]))
-        if all(row.request.params.greedy for row in rows if row.samples):
+                logits = programs.penalize(logits, self._counts, choice.slot, choice.penalties)
+        if choice.banned is not None:
+            logits = programs.ban(logits, choice.banned)
+        if choice.sampling is None:
             tokens = programs.greedy(logits)
         else:
             with self._announced(f"sampler of {bucket} rows"):
-                tokens = programs.sample(logits, sampling(rows, bucket, self._vocab))
-        if penalized:
+                tokens = programs.sample(logits, choice.sampling)
+        if choice.penalties is not None:
             assert self._counts is not None
-            self._counts = programs.count(self._counts, slot, tokens)
-        last_token = programs.remember(self.state.last_token, slot, tokens)
+            self._counts = programs.count(self._counts, choice.slot, tokens)
+        last_token = programs.remember(self.state.last_token, choice.slot, tokens)
         self.state = self.state._replace(last_token=last_token)
         return tokens
 
-    def _logprobs(self, plan: StepPlan, logits: Array, tokens: Array) -> Logprobs | None:
-        asked = [row.request.params.logprobs for row in plan.rows if row.samples]
-        k = self._top_k(asked)
+    def _logprobs(self, choice: Choice, logits: Array, tokens: Array) -> Logprobs | None:
+        k = choice.logprobs
         if k is None:
             return None
         with self._announced(f"{k} log-probabilities of {logits.shape[0]} rows"):
             return programs.logprobs(logits, tokens, k=k)
 
     def _prompt_logprobs(
-        self, plan: StepPlan, shape: StepShape, packed: Array, hidden: Array
+        self, command: StepCommand, shape: StepShape, hidden: Array
     ) -> Logprobs | None:
-        asked = [
-            row.request.params.prompt_logprobs
-            for row in plan.rows
-            if row.start < len(row.request.prompt) - 1
-        ]
-        k = self._top_k(asked)
-        if k is None:
+        if command.prompt_logprobs is None:
             return None
-        targets: list[int] = []
-        for row in plan.rows:
-            following = row.request.prompt[row.start + 1 : row.start + 1 + len(row.tokens)]
-            targets += following + [0] * (len(row.tokens) - len(following))
-        following = padded(targets, hidden.shape[0], fill=0)
+        targets, k = command.prompt_logprobs
         with self._announced(f"{k} log-probabilities of the prompts in a {_describe(shape)}"):
             return programs.prompt_logprobs(
                 self._weights,
                 self.state.pool,
                 self.state.tables,
-                packed,
+                command.packed,
                 hidden,
-                following,
+                targets,
                 shape=shape,
                 k=k,
             )
 
-    def _top_k(self, asked: Sequence[int | None]) -> int | None:
-        """A k that covers all that was asked for, coarse so that few variants are compiled."""
-        wanted = [self._vocab if k == -1 else k for k in asked if k is not None]
-        if not wanted:
-            return None
-        most = max(wanted)
-        return next((k for k in (1, 5, 20) if most <= k <= self._vocab), self._vocab)
-
-    def _start_counting(self, request: Request) -> None:
-        """Puts a request's prompt and output so far into its slot's counts."""
+    def _start_counting(self, counts: Counts) -> None:
+        """Puts what a request has said so far into its slot's counts."""
         if self._counts is None:
-            counts = TokenCounts.zeros(self._options.max_num_seqs, self._vocab)
-            self._counts = jax.device_put(counts, self._staging)
-        output = np.bincount(request.output, minlength=self._vocab).astype(np.int32)
-        in_prompt = np.bincount(request.prompt, minlength=self._vocab) > 0
-        self._counts = programs.reset_counts(self._counts, request.slot, output, in_prompt)
+            zeros = partial(TokenCounts.zeros, self._options.max_num_seqs, self._vocab)
+            everywhere = self._setup.placement.sharding(REPLICATED)
+            self._counts = jax.jit(zeros, out_shardings=everywhere)()
+        self._counts = programs.reset_counts(self._counts, *counts)
 
     @contextmanager
     def _announced(self, what: str) -> Iterator[None]:
@@ -306,4 +272,5 @@ def _describe(shape: StepShape) -> str:
     tokens, rows = shape.bucket.tokens, shape.bucket.rows
     modules = f" ({', '.join(sorted(shape.adapted))})" if shape.adapted else ""
     what = f"{kind} step of {tokens} tokens, {rows} rows, {lora[shape.lora_mode]}{modules}"
-    return f"{what}, on {shape.backend}"
+    devices = f", {shape.model.size} devices" if shape.model.size > 1 else ""
+    return f"{what}, on {shape.backend}{devices}"

@@ -1,18 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine needs to know before it takes any memory."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.backend import choose_backend
+from pallas_kernels.backend import Backend, choose_backend
 from pallas_kernels.layout import PageLayout
-from slora_jax.config import LAYER_MODULES, EngineConfig, ModelConfig
+from sharding import LoraPartition, Placement, tensor_mesh
+from slora_jax.config import EngineConfig, ModelConfig
+from slora_jax.model.shards import ModelShards
+
+_FASTER: LoraPartition = "no-comm"  # than "slora": benchmarks/tensor_parallel.py
 
 
-def resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
-    """Fills in what depends on the model and the device."""
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all of an engine agrees on.
+
+    Attributes:
+        options: with nothing left open but `num_pages`.
+        model: what each device holds.
+        layout: of the pages on each device.
+        placement: the devices.
+        backend: of the kernels.
+    """
+
+    options: EngineConfig
+    model: ModelShards
+    layout: PageLayout
+    placement: Placement
+    backend: Backend
+
+    @property
+    def config(self) -> ModelConfig:
+        """The whole model's."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights, KV cache and adapters."""
+        return jnp.dtype(self.options.dtype)
+
+
+def set_up(options: EngineConfig, config: ModelConfig) -> Setup:
+    """Fills in what depends on the model and the devices.
+
+    Raises:
+        ValueError: the model, or the devices, don't go with an option.
+    """
     if options.dtype == "auto":
         on_cpu = jax.default_backend() == "cpu"
         options = replace(options, dtype="float32" if on_cpu else config.torch_dtype)
@@ -22,17 +60,21 @@ def resolve(options: EngineConfig, config: ModelConfig) -> EngineConfig:
             f"max_model_len is {options.max_model_len}; the model's max_position_embeddings is "
             f"{longest}"
         )
+    size = options.tensor_parallel_size
+    partition = _FASTER if options.lora_partition == "auto" else options.lora_partition
+    model = ModelShards(config, size, partition)
+    placement = Placement(tensor_mesh(size))
+    layout = model.layout(options.page_size)
     backend = choose_backend(
-        options.kernel_backend,
-        dtype=options.dtype,
-        layout=page_layout(config, options),
-        widths=[width for name in LAYER_MODULES for width in config.projection_shape(name)],
+        options.kernel_backend, dtype=options.dtype, layout=layout, widths=model.widths
     )
-    return replace(options, max_model_len=options.max_model_len or longest, kernel_backend=backend)
-
-
-def page_layout(config: ModelConfig, options: EngineConfig) -> PageLayout:
-    return PageLayout(config.num_key_value_heads, config.head_dim, options.page_size)
+    options = replace(
+        options,
+        max_model_len=options.max_model_len or longest,
+        kernel_backend=backend,
+        lora_partition=partition,
+    )
+    return Setup(options, model, layout, placement, backend)
 
 
 def keep_compiled_programs(directory: str | None) -> None:

@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPARED_ROWS = 4096  # of an embedding, at a time
 
 
@@ -36,7 +37,7 @@ class Checkpoint:
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._item_bytes: dict[str, int] = {}
+        self._dtypes: dict[str, np.dtype] = {}
         self._homes: dict[str, tuple[Path, Any]] = {}
         with ExitStack() as stack:
             for path in _find_files(model_dir):
@@ -63,28 +64,33 @@ class Checkpoint:
                 raise CheckpointError(f"tensor {name} is in {self._homes[name][0]} and in {path}")
             header = file.get_slice(name)
             dtype = header.get_dtype()
-            if dtype not in _ITEM_BYTES and not name.endswith("inv_freq"):
+            if dtype not in _DTYPES and not name.endswith("inv_freq"):
                 raise CheckpointError(
-                    f"tensor {name} of {path} is {dtype}, not one of {', '.join(_ITEM_BYTES)}: "
+                    f"tensor {name} of {path} is {dtype}, not one of {', '.join(_DTYPES)}: "
                     f"quantised checkpoints are not supported"
                 )
             self.shapes[name] = tuple(header.get_shape())
-            self._item_bytes[name] = _ITEM_BYTES.get(dtype, 0)
+            if dtype in _DTYPES:
+                self._dtypes[name] = np.dtype(_DTYPES[dtype])
             self._homes[name] = path, file
 
-    def num_bytes(self, name: str) -> int:
-        """Bytes of a tensor as it is stored."""
-        return math.prod(self.shapes[name]) * self._item_bytes[name]
+    def dtype(self, name: str) -> np.dtype:
+        """The type that a weight is stored in."""
+        return self._dtypes[name]
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Copies a tensor, or some of its rows, to memory.
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a weight as it is stored."""
+        return math.prod(self.shapes[name]) * self._dtypes[name].itemsize
+
+    def read(self, name: str, *index: slice) -> np.ndarray:
+        """Copies a tensor to memory, or of its first axes only what `index` says.
 
         Raises:
             CheckpointError: the file cannot be read.
         """
         path, file = self._homes[name]
         try:
-            return file.get_slice(name)[rows]
+            return file.get_slice(name)[index or slice(None)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name} of {path}: {error}") from error
 
@@ -119,7 +125,9 @@ def _find_files(model_dir: Path) -> list[Path]:
             f"AutoModelForCausalLM.from_pretrained(old).save_pretrained(new, "
             f"safe_serialization=True)"
         )
-    raise CheckpointError(f"{model_dir} holds no weights: neither {_SINGLE} nor {_INDEX}")
+    raise CheckpointError(
+        f"{model_dir} holds no weights: neither {_SINGLE} nor {_INDEX} nor a directory orbax"
+    )
 
 
 def _read_index(index: Path) -> list[Path]:

@@ -3,6 +3,10 @@
 
 LoRA is added to each projection's output, never merged into its weight, by kernels that read the
 adapters' matrices from the pool.
+
+The code is that of one device, which holds a smaller model of the same hidden size: `config` is the
+shape of that (`ModelShards.local`). Where the parts of several devices make a whole, it says
+`tensor.sum` or `tensor.gather_columns`: twice a layer, for the embedding and for the logits.
 """
 
 from dataclasses import replace
@@ -11,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -18,15 +23,15 @@ from pallas_kernels import (
     Adapters,
     Modules,
     PageLayout,
-    lora_delta,
-    lora_expand,
-    lora_lookup,
     paged_decode,
     paged_prefill,
     rope_kv_write,
 )
 from pallas_kernels.backend import Backend
 from pallas_kernels.segments import with_work
+from sharding import TensorAxis
+from sharding.lora import ShardedLora
+from sharding.specs import ROW_PARALLEL
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
 from slora_jax.model.inputs import StepInputs
 from slora_jax.model.rope import rotation
@@ -37,26 +42,25 @@ LoraMode = Literal["none", "layers", "all"]  # "all": some adapter has embed_tok
 
 @struct.dataclass
 class LoraTables:
-    """Where every resident adapter lies; written when an adapter is installed.
+    """Where every resident adapter lies; written when an adapter is installed. Alike on all devices.
 
     Line L of the layer axis holds the modules that belong to no layer, in the order of
-    `OUTER_MODULES`.
+    `OUTER_MODULES`. Where A and B are found apart (`sharding.lora`), C = 2M: A of all modules, then
+    B. Otherwise C = M.
     """
 
     pages: Int[Array, "A N"]
-    rank: Int[Array, "A L+1 M"]
-    first_tile: Int[Array, "A L+1 M"]
-    scale: Float[Array, "A L+1 M"]
+    rank: Int[Array, "A L+1 C"]  # of the adapter: a device may hold fewer
+    first_tile: Int[Array, "A L+1 C"]
+    scale: Float[Array, "A L+1 C"]
 
 
 @struct.dataclass
 class Lora:
-    """The adapters of one step. Static: how the kernels are to read them."""
+    """The adapters of one step. Static: how they are dealt out and read."""
 
     adapters: Adapters
-    max_rank: int = struct.field(pytree_node=False)
-    layout: PageLayout = struct.field(pytree_node=False)
-    backend: Backend = struct.field(pytree_node=False)
+    how: ShardedLora = struct.field(pytree_node=False)
     adapted: frozenset[str] = struct.field(pytree_node=False)  # modules that any adapter has
 
     @classmethod
@@ -67,25 +71,31 @@ class Lora:
         length: Int[Array, " G"],
         tokens: int,
         block: int,
-        layout: PageLayout,
-        **static: Any,
+        how: ShardedLora,
+        adapted: frozenset[str],
     ) -> "Lora":
         """Runs of `length` tokens, of `tokens` in all, on the adapters in slots `slot`."""
-        lines = tables.pages[slot], tables.rank[slot], tables.first_tile[slot], tables.scale[slot]
-        size = {"layout": layout, "tokens": tokens, "block": block}
-        return cls(with_work(length, *lines, **size), layout=layout, **static)
+        rank = _held(tables.rank[slot], how)
+        lines = tables.pages[slot], rank, tables.first_tile[slot], tables.scale[slot]
+        size = {"layout": how.layout, "tokens": tokens, "block": block}
+        return cls(with_work(length, *lines, **size), how, adapted)
 
     def over(self, length: Int[Array, " G"], tokens: int, block: int) -> "Lora":
         """The same adapters over other tokens."""
         old = self.adapters
         lines = old.pages, old.rank, old.first_tile, old.scale
-        size = {"layout": self.layout, "tokens": tokens, "block": block}
+        size = {"layout": self.how.layout, "tokens": tokens, "block": block}
         return replace(self, adapters=with_work(length, *lines, **size))
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What every operation of LoRA is told."""
-        return {"max_rank": self.max_rank, "layout": self.layout, "backend": self.backend}
+
+def _held(rank: Int[Array, "G L+1 C"], how: ShardedLora) -> Int[Array, "G L+1 C"]:
+    """The ranks that this device holds: where A is dealt out by ranks, only a share."""
+    if not how.in_halves:
+        return rank
+    dealt = np.zeros(rank.shape[1:], bool)
+    dealt[:-1, : len(LAYER_MODULES)] = [name not in ROW_PARALLEL for name in LAYER_MODULES]
+    dealt[-1, : len(OUTER_MODULES)] = [name not in ROW_PARALLEL for name in OUTER_MODULES]
+    return jnp.where(dealt, how.tensor.rank_share(rank), rank)
 
 
 def rms_norm(x: Float[Array, "T E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "T E"]:
@@ -105,13 +115,18 @@ def project(
     config: ModelConfig,
     backend: Backend,
 ) -> Float[Array, "T O"]:
-    """The fused projection `names`, with each token's own adapter added."""
+    """The fused projection `names`, with each token's own adapter added.
+
+    Of a row-parallel one it is this device's part of the sum.
+    """
     y = linear(x, backend)
     if lora is None or lora.adapted.isdisjoint(names):
         return y
     outputs = tuple(config.projection_shape(name)[1] for name in names)
     modules = Modules(LAYER_MODULES.index(names[0]), x.shape[1], outputs)
-    return lora_delta(x, y, pool, layer, lora.adapters, modules=modules, **lora.options)
+    row = names[0] in ROW_PARALLEL
+    add = lora.how.row_parallel if row else lora.how.column_parallel
+    return add(x, y, pool, layer, lora.adapters, modules)
 
 
 @struct.dataclass
@@ -146,7 +161,7 @@ class Attention:
         return paged_prefill(q, pool, layer, table, *spans, **static), pool
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "tensor"))
 def decoder_layer(
     x: Float[Array, "T E"],
     pool: Float[Array, "L P elems"],
@@ -155,6 +170,7 @@ def decoder_layer(
     attention: Attention,
     lora: Lora | None,
     config: ModelConfig,
+    tensor: TensorAxis,
 ) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
     """One layer. Jitted, with the layer's number traced: L layers are traced and lowered once."""
     tokens = x.shape[0]
@@ -165,11 +181,11 @@ def decoder_layer(
     qkv = linear(weights.qkv, z, names=("q_proj", "k_proj", "v_proj"))
     attended, pool = attention(qkv, pool, layer, heads=config.num_attention_heads)
     linear = partial(linear, pool=pool)
-    x = x + linear(weights.o, attended.reshape(tokens, -1), names=("o_proj",))
+    x = x + tensor.sum(linear(weights.o, attended.reshape(tokens, -1), names=("o_proj",)))
 
     z = rms_norm(x, weights.post_attention_norm, config.rms_norm_eps)
     gate, up = jnp.split(linear(weights.gate_up, z, names=("gate_proj", "up_proj")), 2, axis=1)
-    x = x + linear(weights.down, jax.nn.silu(gate) * up, names=("down_proj",))
+    x = x + tensor.sum(linear(weights.down, jax.nn.silu(gate) * up, names=("down_proj",)))
     return x, pool
 
 
@@ -179,15 +195,19 @@ def embed(
     pool: Float[Array, "L P elems"],
     lora: Lora | None,
     config: ModelConfig,
+    tensor: TensorAxis,
 ) -> Float[Array, "T E"]:
     """Token embeddings; `lora` where some adapter of the step adapts `embed_tokens`."""
-    x = weights.embed_tokens.at[tokens].get(mode="clip")
-    if lora is None:
-        return x
-    modules = _outer("embed_tokens", config)
-    size = {"max_rank": lora.max_rank, "layout": lora.layout}
-    h = lora_lookup(tokens, pool, lora.adapters, modules=modules, **size)
-    return lora_expand(x, h, pool, None, lora.adapters, modules=modules, layout=lora.layout)
+    tokens = tokens - tensor.index * config.vocab_size
+    held = (tokens >= 0) & (tokens < config.vocab_size)
+    tokens = jnp.clip(tokens, 0, config.vocab_size - 1)
+    x = weights.embed_tokens.at[tokens].get(mode="promise_in_bounds")
+    if tensor.size > 1:
+        x = jnp.where(held[:, None], x, 0)
+    if lora is not None:
+        modules = _outer("embed_tokens", config)
+        x = lora.how.embedding(tokens, held, x, pool, lora.adapters, modules)
+    return tensor.sum(x)
 
 
 def head(
@@ -197,16 +217,19 @@ def head(
     lora: Lora | None,
     config: ModelConfig,
     backend: Backend,
+    tensor: TensorAxis,
+    vocab_size: int,
 ) -> Float[Array, "n V"]:
-    """Logits in float32; `lora` where some adapter of the step adapts `lm_head`."""
+    """Logits in float32; `lora` where some adapter of the step adapts `lm_head`.
+
+    `vocab_size` is V, of the whole model.
+    """
     lm_head = weights.lm_head or Linear(weights.embed_tokens)
     logits = lm_head(hidden, backend)
     if lora is not None:
         modules = _outer("lm_head", config)
-        logits = lora_delta(
-            hidden, logits, pool, None, lora.adapters, modules=modules, **lora.options
-        )
-    return logits.astype(jnp.float32)
+        logits = lora.how.column_parallel(hidden, logits, pool, None, lora.adapters, modules)
+    return tensor.gather_columns(logits)[:, :vocab_size].astype(jnp.float32)
 
 
 def forward(
@@ -222,6 +245,7 @@ def forward(
     decode: bool,
     lora_mode: LoraMode,
     backend: Backend,
+    tensor: TensorAxis,
 ) -> tuple[Float[Array, "T E"], Float[Array, "L P elems"]]:
     """The final hidden states of a step's tokens, and the pool with their keys and values."""
     rows = page_table.at[inputs.slot].get(mode="clip")
@@ -240,9 +264,9 @@ def forward(
         decode=decode,
         backend=backend,
     )
-    x = embed(weights, tokens, pool, lora if lora_mode == "all" else None, config)
+    x = embed(weights, tokens, pool, lora if lora_mode == "all" else None, config, tensor)
     for number, layer in enumerate(weights.layers):
-        x, pool = decoder_layer(x, pool, jnp.int32(number), layer, attention, lora, config)
+        x, pool = decoder_layer(x, pool, jnp.int32(number), layer, attention, lora, config, tensor)
     return rms_norm(x, weights.norm, config.rms_norm_eps), pool
 
 

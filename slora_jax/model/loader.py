@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills `LlamaWeights` from a Hugging Face checkpoint, or with random numbers.
+"""Fills `LlamaWeights` from a checkpoint, or with random numbers.
 
 Both go through `weight_sources`, which says what every array is fused from. A checkpoint is
 compared with it as a whole before the first weight is read. Then one array at a time is read,
-fused, cast and sent to its devices, so that the host never holds a whole model.
+fused, cast and sent to its devices, each of which gets its own part and no more; of an Orbax
+checkpoint, one layer at a time (`orbax.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from rich.console import Console
@@ -27,228 +28,143 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from sharding import TENSOR, Placement
+from sharding.specs import REPLICATED
 from slora_jax.config import ModelConfig
-from slora_jax.model.checkpoint import Checkpoint, CheckpointError
+from slora_jax.model.checkpoint import Checkpoint
+from slora_jax.model.formats import open_checkpoint
+from slora_jax.model.orbax import OrbaxCheckpoint, read_shards
+from slora_jax.model.shards import ModelShards
+from slora_jax.model.sources import WeightSource, check_tensors, weight_sources
 from slora_jax.model.weights import LayerWeights, Linear, LlamaWeights
-
-type Placement = Sharding | Callable[[str], Sharding] | None
-"""Where arrays go: all alike, or each by its path in `LlamaWeights` ("layers.3.qkv.weight")."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSource:
-    """What one array of `LlamaWeights` is made of.
-
-    Attributes:
-        names: the checkpoint's tensors, in the order in which they are fused.
-        shapes: their shapes. They differ in the first axis only, along which they are fused.
-        fan_in: inputs of the linear layer that the array belongs to; 0 for a norm.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    fan_in: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
-
-
-def weight_sources(config: ModelConfig) -> dict[str, WeightSource]:
-    """The source of every array, by its path in `LlamaWeights`, first layer first."""
-    embed = (config.vocab_size, config.hidden_size)
-    norm = (config.hidden_size,)
-    sources = {
-        "embed_tokens": WeightSource(("model.embed_tokens.weight",), (embed,), config.hidden_size)
-    }
-
-    def add_linear(path: str, prefix: str, modules: Sequence[str], bias: bool) -> None:
-        fan_in = config.projection_shape(modules[0])[0]
-        outputs = [config.projection_shape(module)[1] for module in modules]
-        weights = tuple(f"{prefix}{module}.weight" for module in modules)
-        shapes = tuple((rows, fan_in) for rows in outputs)
-        sources[f"{path}.weight"] = WeightSource(weights, shapes, fan_in)
-        if bias:
-            biases = tuple(f"{prefix}{module}.bias" for module in modules)
-            sources[f"{path}.bias"] = WeightSource(biases, tuple((n,) for n in outputs), fan_in)
-
-    for index in range(config.num_hidden_layers):
-        path, prefix = f"layers.{index}", f"model.layers.{index}."
-        for name in ("input", "post_attention"):
-            sources[f"{path}.{name}_norm"] = WeightSource(
-                (f"{prefix}{name}_layernorm.weight",), (norm,)
-            )
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        add_linear(f"{path}.qkv", attention, ("q_proj", "k_proj", "v_proj"), config.attention_bias)
-        add_linear(f"{path}.o", attention, ("o_proj",), config.attention_bias)
-        add_linear(f"{path}.gate_up", mlp, ("gate_proj", "up_proj"), config.mlp_bias)
-        add_linear(f"{path}.down", mlp, ("down_proj",), config.mlp_bias)
-    sources["norm"] = WeightSource(("model.norm.weight",), (norm,))
-    if not config.tie_word_embeddings:
-        add_linear("lm_head", "", ("lm_head",), bias=False)
-    return sources
-
-
-def interleave(parts: Sequence[np.ndarray], shards: int) -> np.ndarray:
-    """Fuses projections so that each tensor-parallel shard finds its part of all of them together.
-
-    Args:
-        parts: arrays `[rows, ...]`, equal but for their rows, which `shards` divides.
-        shards: number of equal blocks that each part is cut into.
-
-    Returns:
-        `[sum of rows, ...]`: the parts' first blocks, then their second blocks, and so on. With
-        q, k, v and two shards: `[q_0 k_0 v_0 | q_1 k_1 v_1]`.
-
-    Raises:
-        ValueError: `shards` does not divide the rows of a part.
-    """
-    for part in parts:
-        if len(part) % shards:
-            raise ValueError(f"{shards} shards do not divide {len(part)} rows")
-    blocks = [part.reshape(shards, -1, *part.shape[1:]) for part in parts]
-    return np.concatenate(blocks, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def load_weights(
     model_dir: Path,
-    config: ModelConfig,
+    model: ModelShards,
     dtype: DTypeLike,
+    placement: Placement,
     *,
-    sharding: Placement = None,
-    shards: int = 1,
     progress: bool = True,
 ) -> LlamaWeights:
-    """Loads a checkpoint in safetensors format.
+    """Loads a checkpoint straight into the devices' shards.
 
     Args:
-        model_dir: holds `model.safetensors`, or `model.safetensors.index.json` and its files.
-        config: the model's shape.
+        model_dir: holds `model.safetensors`, or `model.safetensors.index.json` and its files, or
+            `orbax`.
+        model: what each device holds.
         dtype: what all weights are cast to.
-        sharding: where each array goes; the default device where None.
-        shards: tensor-parallel devices that fused projections are interleaved for.
+        placement: the devices.
         progress: whether to draw a progress bar on stderr.
 
     Raises:
-        CheckpointError: the checkpoint does not hold exactly the weights of `config`.
-        ValueError: `shards` does not divide the heads or the MLP.
+        CheckpointError: the checkpoint does not hold exactly the weights of the model.
     """
-    _check_shards(config, shards)
-    sources = weight_sources(config)
-    arrays: dict[str, Array] = {}
-    with Checkpoint(model_dir) as checkpoint:
-        _check_tensors(checkpoint, sources, tied=config.tie_word_embeddings)
-        with _progress_bar(enabled=progress) as bar:
+    sources = weight_sources(model)
+    config, arrays = model.config, {}
+    with open_checkpoint(model_dir) as checkpoint:
+        check_tensors(checkpoint, sources, tied=config.tie_word_embeddings)
+        with progress_bar(enabled=progress) as bar:
             names = [name for source in sources.values() for name in source.names]
             task = bar.add_task("Loading weights", total=sum(map(checkpoint.num_bytes, names)))
-            in_flight: Array | None = None
-            for path, source in sources.items():
-                fused = _read_fused(checkpoint, source, dtype, shards)
-                # One copy to the devices overlaps with reading the next array, but only one.
-                jax.block_until_ready(in_flight)
-                in_flight = arrays[path] = _put(fused, _placed(sharding, path))
-                bar.advance(task, sum(map(checkpoint.num_bytes, source.names)))
-            jax.block_until_ready(in_flight)
+            if isinstance(checkpoint, OrbaxCheckpoint):
+                read = read_shards(checkpoint, sources, dtype, placement)
+            else:
+                read = _read(checkpoint, sources, dtype, placement)
+            for path, array in read:
+                arrays[path] = array
+                bar.advance(task, sum(map(checkpoint.num_bytes, sources[path].names)))
     return _assemble(config, arrays)
 
 
 def dummy_weights(
-    config: ModelConfig, dtype: DTypeLike, seed: int = 0, *, sharding: Placement = None
+    model: ModelShards, dtype: DTypeLike, placement: Placement, seed: int = 0
 ) -> LlamaWeights:
     """Random weights of the true shape, made on the devices: norms are 1, the rest is normal.
 
     The standard deviation is `fan_in**-0.5`, with which a layer keeps the size of what it is given.
+    Every device draws its own: the model is another one on another number of devices.
 
     Args:
-        config: the model's shape.
+        model: what each device holds.
         dtype: of all weights, which are drawn in it, not cast to it.
+        placement: the devices.
         seed: of the random numbers.
-        sharding: where each array goes; the default device where None.
     """
 
     @cache  # one compiled program for each shape, not for each array
-    def sampler(shape: tuple[int, ...], fan_in: int, placed: Sharding | None) -> Callable:
+    def sampler(shape: tuple[int, ...], fan_in: int, spec: PartitionSpec) -> Callable:
         def sample(key: Array) -> Array:
             if not fan_in:
                 return jnp.ones(shape, dtype)
+            if model.size > 1:
+                key = jax.random.fold_in(key, jax.lax.axis_index(TENSOR))
             return jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
 
-        return jax.jit(sample, out_shardings=placed)
+        if model.size == 1:
+            return jax.jit(sample, out_shardings=placement.sharding())
+        options = {"mesh": placement.mesh, "in_specs": REPLICATED, "out_specs": spec}
+        return jax.jit(jax.shard_map(sample, **options, check_vma=False))
 
-    sources = weight_sources(config)
+    sources = weight_sources(model)
     # "rbg" compiles in half the time of the default generator.
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(sources))
     return _assemble(
-        config,
+        model.config,
         {
-            path: sampler(source.shape, source.fan_in, _placed(sharding, path))(key)
+            path: sampler(source.block_shape, source.fan_in, source.spec)(key)
             for (path, source), key in zip(sources.items(), keys, strict=True)
         },
     )
 
 
-def _check_shards(config: ModelConfig, shards: int) -> None:
-    for name in ("num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % shards:
-            raise ValueError(f"{shards} shards do not divide {name} {getattr(config, name)}")
-
-
-def _check_tensors(
-    checkpoint: Checkpoint, sources: Mapping[str, WeightSource], *, tied: bool
-) -> None:
-    """Compares names and shapes with what the model needs; reads no weight but a doubtful head."""
-    expected = {
-        name: shape
-        for source in sources.values()
-        for name, shape in zip(source.names, source.shapes, strict=True)
+def weight_shapes(model: ModelShards, dtype: DTypeLike, placement: Placement) -> LlamaWeights:
+    """The shapes and shardings of the arrays, without their memory."""
+    arrays = {
+        path: placement.shape(source.block_shape, source.spec, dtype)
+        for path, source in weight_sources(model).items()
     }
-    found, where = checkpoint.shapes, checkpoint.model_dir
-    if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"{where}: {len(missing)} tensors are missing: {_list(missing)}")
-    if wrong := [name for name in expected if found[name] != expected[name]]:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{where}: {len(wrong)} tensors do not have the shape that config.json asks for: "
-            f"{name} should be {list(expected[name])} and is {list(found[name])}"
-        )
-    extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - expected.keys()
-    if tied and "lm_head.weight" in extra:
-        if not checkpoint.same("lm_head.weight", "model.embed_tokens.weight"):
-            raise CheckpointError(
-                f"{where}: lm_head.weight differs from model.embed_tokens.weight, though "
-                f"config.json ties them; set 'tie_word_embeddings' to false"
-            )
-        extra.remove("lm_head.weight")
-    if extra:
-        raise CheckpointError(
-            f"{where}: {len(extra)} tensors have no place in the model that config.json describes: "
-            f"{_list(sorted(extra))}"
-        )
+    return _assemble(model.config, arrays)
 
 
-def _list(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+def _read(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, WeightSource],
+    dtype: DTypeLike,
+    placement: Placement,
+) -> Iterator[tuple[str, Array]]:
+    """The arrays, one after another: the host never holds a whole model."""
+    in_flight: Array | None = None
+    for path, source in sources.items():
+        block = partial(_read_block, checkpoint, source, np.dtype(dtype))
+        array = placement.put(block, source.block_shape, source.spec)
+        # One copy to the devices overlaps with reading the next array, but only one.
+        jax.block_until_ready(in_flight)
+        in_flight = array
+        yield path, array
+    jax.block_until_ready(in_flight)
 
 
-def _read_fused(
-    checkpoint: Checkpoint, source: WeightSource, dtype: DTypeLike, shards: int
+def _read_block(
+    checkpoint: Checkpoint, source: WeightSource, dtype: np.dtype, device: int
 ) -> np.ndarray:
-    parts = [checkpoint.read(name).astype(dtype, copy=False) for name in source.names]
-    return interleave(parts, shards) if len(parts) > 1 else parts[0]
+    """What one device holds of an array."""
+    axis, parts = source.axis, []
+    if axis is None:
+        return checkpoint.read(source.names[0]).astype(dtype, copy=False)
+    for name, shape, split in zip(source.names, source.shapes, source.splits, strict=True):
+        here = split.block(device)
+        if here.start == here.stop:  # all padding; safetensors knows no empty slices
+            block = np.zeros((*shape[:axis], 0, *shape[axis + 1 :]), dtype)
+        else:
+            index = (slice(None),) * axis + (here,)
+            block = checkpoint.read(name, *index).astype(dtype, copy=False)
+        parts.append(split.pad(block, axis))
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _placed(sharding: Placement, path: str) -> Sharding | None:
-    return sharding(path) if callable(sharding) else sharding
-
-
-def _put(array: np.ndarray, sharding: Sharding | None) -> Array:
-    if sharding is None:
-        return jax.device_put(array)
-    # Unlike device_put, this does not send the array to the other hosts to compare it with theirs.
-    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-
-def _progress_bar(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
+    """A bar of bytes on stderr."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -260,7 +176,7 @@ def _progress_bar(enabled: bool) -> Progress:
     )
 
 
-def _assemble(config: ModelConfig, arrays: Mapping[str, Array]) -> LlamaWeights:
+def _assemble(config: ModelConfig, arrays: Mapping[str, Any]) -> LlamaWeights:
     def linear(path: str) -> Linear:
         return Linear(weight=arrays[f"{path}.weight"], bias=arrays.get(f"{path}.bias"))
 

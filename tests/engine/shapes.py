@@ -47,9 +47,14 @@ def step_shapes(
     dtype: Any,
     max_rank: int = 16,
     backend: Backend = "xla",
+    devices: int = 1,
+    partition: LoraPartition = "no-comm",
+    mesh: Mesh | None = None,
 ) -> tuple[list[Any], StepShape]:
     """Arguments of `programs.model_step`: weights, pool, page table, …, and its static shape."""
-    layout = PageLayout(config.num_key_value_heads, config.head_dim, page_size=16)
+    model = ModelShards(config, devices, partition)
+    layout = model.layout(page_size=16)
+    placement = Placement(mesh or tensor_mesh(devices))
     options = EngineConfig(
         num_pages=pages,
         max_model_len=config.max_position_embeddings,
@@ -59,8 +64,21 @@ def step_shapes(
         max_lora_rank=max_rank,
     )
     bucket = Bucket(tokens, rows, rows, rows + tokens // layout.page_size)
-    shape = StepShape(bucket, tokens == rows, lora_mode, max_rank, config, layout, backend)
-    weights = jax.eval_shape(lambda: dummy_weights(config, dtype))
+    shape = StepShape(
+        bucket=bucket,
+        max_rank=max_rank,
+        model=model,
+        layout=layout,
+        mesh=placement.mesh,
+        backend=backend,
+        decode=tokens == rows,
+        lora_mode=lora_mode,
+    )
+    weights = weight_shapes(model, dtype, placement)
     packed = jax.ShapeDtypeStruct((sum(StepInputs.sizes(bucket).values()),), jnp.int32)
-    state = jax.eval_shape(lambda: new_state(config, options, layout, dtype))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda: new_state(model, options, layout, dtype)),
+        state_shardings(placement),
+    )
     return [weights, *state, packed], shape

@@ -72,6 +72,8 @@ class RandomAdapters:
     Args:
         ranks: `[G, M]`; 0 for a module that isn't adapted.
         lengths: tokens of each segment.
+        inputs: 0 for modules that have B alone.
+        outputs: all 0 for modules that have A alone.
         layer: that has them; None for modules that belong to no layer.
         tokens: most tokens of the step, base model's included.
         pages_each: of an adapter.
@@ -106,6 +108,8 @@ class RandomAdapters:
                 self.b[g, m] = rounded(rng.standard_normal((outputs[m], rank)))
                 first_tile[g, m] = first
                 for matrix in (self.a[g, m], self.b[g, m].T):
+                    if matrix.size == 0:
+                        continue
                     tiles = pack_matrix(matrix, layout)
                     pages.write_tiles(layer, mine, tiles, first)
                     first += len(tiles)

@@ -75,20 +75,34 @@ DELTA_CASES = {  # layout, ranks, lengths, inputs, outputs, layer; multiples of 
 }
 
 
-@pytest.mark.parametrize("block", [1, 64], ids=["single tokens", "blocks of 64"])
+BLOCKS = pytest.mark.parametrize("block", [1, 64], ids=["single tokens", "blocks of 64"])
+
+
+def halves(x, y, *where, max_rank, **static):
+    """`lora_delta` as what it is said to be."""
+    h = lora_shrink(x, *where, max_rank=max_rank, **static)
+    return lora_expand(y, h, *where, **static)
+
+
+WAYS = pytest.mark.parametrize("delta", [lora_delta, halves], ids=["whole", "halves"])
+
+
+@BLOCKS
 @pytest.mark.parametrize("case", DELTA_CASES.values(), ids=DELTA_CASES.keys())
 def test_delta(backend, dtype, block, case):
     name, *shape = case
-    check_delta(Pages(LAYOUTS[name]), backend, dtype, block, *shape)
+    check_delta(Pages(LAYOUTS[name]), lora_delta, backend, dtype, block, *shape)
 
 
-def check_delta(pages, backend, dtype, block, ranks, lengths, inputs, outputs, layer, base=BASE):
+def check_delta(
+    pages, delta, backend, dtype, block, ranks, lengths, inputs, outputs, layer, base=BASE
+):
     tokens = sum(lengths) + base
     lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, block=block)
     x, y = numbers(pages, tokens, inputs), numbers(pages, tokens, sum(outputs))
     max_rank = max(MAX_RANK, int(lora.ranks.max()))
     static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
-    got = jax.jit(partial(lora_delta, **static, max_rank=max_rank))(
+    got = jax.jit(partial(delta, **static, max_rank=max_rank))(
         jnp.asarray(x, dtype),
         jnp.asarray(y, dtype),
         *where(pages, lora.adapters, layer, dtype),
@@ -97,22 +111,71 @@ def check_delta(pages, backend, dtype, block, ranks, lengths, inputs, outputs, l
     np.testing.assert_array_equal(got[sum(lengths) :].astype(jnp.float32), y[sum(lengths) :])
 
 
-def test_delta_of_runs_longer_than_a_block(backend, dtype):
+@WAYS
+def test_delta_of_runs_longer_than_a_block(delta, backend, dtype):
     """Runs that begin and end anywhere between the multiples of 64 at which they are cut."""
     pages = Pages(LAYOUTS["wide"])
     ranks, lengths = [[8, 3], [0, 24], [5, 5], [1, 0]], [13, 70, 1, 60]
-    check_delta(pages, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
+    check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
 
 
+HALVES_CASES = {  # those of `lora_delta` with A and B in columns of their own; and as they follow
+    **{f"{name}, apart": (*case, True) for name, case in DELTA_CASES.items()},
+    **{name: (*DELTA_CASES[name], False) for name in ("fused, some modules missing", "outer")},
+    "odd inputs": ("llama", [[8], [3]], [2, 1], 40, (128,), 1, False),
+    "odd outputs": ("llama", [[8], [3]], [2, 1], 128, (40,), 1, False),
+}
+
+
+@BLOCKS
+@pytest.mark.parametrize("case", HALVES_CASES.values(), ids=HALVES_CASES.keys())
+def test_halves(backend, dtype, block, case):
+    """Each half on its own, as where h crosses devices between them."""
+    name, ranks, lengths, inputs, outputs, layer, apart = case
+    pages, tokens, used = Pages(LAYOUTS[name]), sum(lengths) + BASE, sum(lengths)
+
+    def make(inputs, outputs):
+        return RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, block=block)
+
+    if apart:
+        a, b = make(inputs, (0,) * len(outputs)), make(0, outputs)
+    else:
+        a = b = make(inputs, outputs)
+    x, y = numbers(pages, tokens, inputs), numbers(pages, tokens, sum(outputs))
+    max_rank = max(MAX_RANK, int(a.ranks.max()))
+    static = {"layout": pages.layout, "backend": backend}
+
+    shrink = partial(lora_shrink, modules=a.modules, max_rank=max_rank, **static)
+    h = jax.jit(shrink)(jnp.asarray(x, dtype), *where(pages, a.adapters, layer, dtype))
+    want = a.shrink(x, max_rank)
+    assert h.dtype == jnp.float32
+    assert_close(h, want)
+
+    h = np.where(want == 0, 0, pages.rng.standard_normal(h.shape)).astype(np.float32)
+    h[used:] = np.nan  # of the base model's tokens it reaches nobody
+    expand = jax.jit(partial(lora_expand, modules=b.modules, **static))
+    got = expand(jnp.asarray(y, dtype), h, *where(pages, b.adapters, layer, dtype))
+    assert_close(got, b.expand(y, h, outputs))
+    np.testing.assert_array_equal(got[used:].astype(jnp.float32), y[used:])
+
+
+@pytest.mark.parametrize("rank", [1, 8, 20])
+def test_a_matrix_without_columns_takes_no_tiles(layout, rank):
+    assert layout.section_tiles(rank, 0) == layout.section_tiles(0, 64) == 0
+    assert layout.b_first_tile(5, rank, 0) == 5
+    assert layout.module_tiles(rank, 0, 64) == layout.section_tiles(rank, 64) > 0
+
+
+@WAYS
 @pytest.mark.parametrize("block", [1, 64])
-def test_base_tokens_may_be_anything(backend, dtype, block):
+def test_base_tokens_may_be_anything(delta, backend, dtype, block):
     """Padding tokens of a step hold no numbers: they reach nobody, and come back as they are."""
     pages = Pages(LAYOUTS["llama"])
     lora = RandomAdapters(pages, [[8], [8]], [2, 3], 64, (64,), 0, 8, block=block)
     x, y = numbers(pages, 8, 64), numbers(pages, 8, 64)
     x[5:], y[5:] = np.nan, np.nan
     static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
-    got = jax.jit(partial(lora_delta, **static, max_rank=8))(
+    got = jax.jit(partial(delta, **static, max_rank=8))(
         jnp.asarray(x, dtype), jnp.asarray(y, dtype), *where(pages, lora.adapters, 0, dtype)
     )
     assert_close(got[:5], lora.expand(y, lora.shrink(x[:5], 8), (64,))[:5])
@@ -134,8 +197,9 @@ def test_lookup(pages):
     assert_close(got, lora.shrink(np.eye(vocab)[tokens], MAX_RANK))
 
 
+@WAYS
 @pytest.mark.parametrize("block", [1, 64])
-def test_padding_segments_reach_nobody(backend, dtype, block):
+def test_padding_segments_reach_nobody(delta, backend, dtype, block):
     """A segment without tokens may name pages that hold anything by now."""
     pages = Pages(LAYOUTS["llama"])
     lora = RandomAdapters(pages, [[8], [8]], [2, 0], 64, (64,), 0, 4, block=block)
@@ -143,12 +207,13 @@ def test_padding_segments_reach_nobody(backend, dtype, block):
     adapters = replace(lora.adapters, pages=lora.adapters.pages.at[1].set(nowhere))
     x = jnp.ones((4, 64), dtype)
     static = {"modules": lora.modules, "max_rank": 8, "layout": pages.layout, "backend": backend}
-    got = jax.jit(partial(lora_delta, **static))(x, x, *where(pages, adapters, 0, dtype))
+    got = jax.jit(partial(delta, **static))(x, x, *where(pages, adapters, 0, dtype))
     assert np.isfinite(got.astype(jnp.float32)).all()
 
 
+@WAYS
 @pytest.mark.parametrize("block", [1, 64])
-def test_h_is_not_rounded(backend, dtype, block):
+def test_h_is_not_rounded(delta, backend, dtype, block):
     """A delta that h in bfloat16 would lose survives (vLLM #2893).
 
     y takes away all of it that bfloat16 can hold. Of the rest, 2⁻⁹ of it, h must still know much.
@@ -158,7 +223,7 @@ def test_h_is_not_rounded(backend, dtype, block):
     x, zero = numbers(pages, 4, 64), np.zeros((4, 64), np.float32)
     y = -rounded(lora.expand(zero, lora.shrink(x, 8), (64,)))
     static = {"modules": lora.modules, "max_rank": 8, "layout": pages.layout, "backend": backend}
-    got = jax.jit(partial(lora_delta, **static))(
+    got = jax.jit(partial(delta, **static))(
         jnp.asarray(x, dtype), jnp.asarray(y, dtype), *where(pages, lora.adapters, 0, dtype)
     )
     want = lora.expand(y, lora.shrink(x, 8), (64,))
