@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.segments import with_work
 from pallas_kernels.slabs import read_matrix
+from sharding import Placement, tensor_mesh
 from slora_jax.adapters.pack import most_pages, num_pages, pack
 from slora_jax.adapters.peft import AdapterError, read_adapter
 from slora_jax.adapters.reader import CHUNKS, AdapterReader, chunk_sizes, signature_of
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES
+from slora_jax.model.shards import ModelShards
 from tests.adapters.make import BASE, edit_tensors, write_adapter
 
+MODEL = ModelShards(BASE)
 LAYOUT = PageLayout(BASE.num_key_value_heads, BASE.head_dim, page_size=16)
 
 
@@ -27,9 +30,9 @@ def test_what_is_packed_is_read_back(tmp_path, modules):
     ranks = iter(range(1, 200))
     write_adapter(tmp_path, BASE, modules=modules, rank_of=lambda path: next(ranks) % 24 + 1)
     adapter = read_adapter(tmp_path, BASE)
-    packed = pack(adapter, BASE, LAYOUT, np.dtype(np.float32))
-    assert len(packed.pages) == num_pages(adapter, BASE, LAYOUT)
-    assert len(packed.pages) <= most_pages(24, BASE, LAYOUT)
+    packed = pack(adapter, MODEL, LAYOUT, np.dtype(np.float32))
+    assert len(packed.pages) == num_pages(adapter, MODEL, LAYOUT)
+    assert len(packed.pages) <= most_pages(24, MODEL, LAYOUT)
     order = np.random.default_rng(0).permutation(len(packed.pages)) + 1
     pool = np.full((BASE.num_hidden_layers, len(order) + 1, LAYOUT.page_elems), np.nan, np.float32)
     pool[:, order] = packed.pages.swapaxes(0, 1)
@@ -66,14 +69,20 @@ def test_what_is_packed_is_read_back(tmp_path, modules):
 
 def make_reader(capacity: int = 1000) -> AdapterReader:
     return AdapterReader(
-        BASE, LAYOUT, np.dtype(np.float32), max_rank=64, capacity=capacity, model_dir=None
+        MODEL,
+        LAYOUT,
+        np.dtype(np.float32),
+        max_rank=64,
+        capacity=capacity,
+        model_dir=None,
+        placement=Placement(tensor_mesh(1)),
     )
 
 
 def test_the_chunks_are_the_pages(tmp_path):
     path = write_adapter(tmp_path, BASE, rank=24)
     read = make_reader().read(path)
-    packed = pack(read_adapter(path, BASE), BASE, LAYOUT, np.dtype(np.float32))
+    packed = pack(read_adapter(path, BASE), MODEL, LAYOUT, np.dtype(np.float32))
     assert {len(chunk) for chunk in read.chunks} <= set(CHUNKS)
     np.testing.assert_array_equal(np.concatenate(read.chunks), packed.pages)
     assert read.num_pages == len(packed.pages)

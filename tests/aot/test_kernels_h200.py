@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Mosaic kernel compiles for an H200 in the shapes of true models, and spills no register."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import batched
 
@@ -14,6 +15,8 @@ from pallas_kernels import (
     PageLayout,
     kv_write,
     lora_delta,
+    lora_expand,
+    lora_shrink,
     paged_decode,
     paged_prefill,
     rope_kv_write,
@@ -137,6 +140,29 @@ EVERY, SOME = ("qkv", "o", "gate_up", "down"), ("qkv", "down")  # a kernel takes
     ids=["decode", "decode of large ranks", "prompts", "prompts of large ranks"],
 )
 def test_lora(config, layout, compiles, names, tokens, block, max_rank):
+    kernels = len(names) * (1 if block == 1 else 2)
+    check_lora(config, layout, compiles, lora_delta, names, tokens, block, max_rank, kernels)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "max_rank"),
+    [(ROWS, 1, 64), (ROWS, 1, 256), (CHUNK, 64, 64)],
+    ids=["decode", "decode of large ranks", "prompts"],
+)
+def test_halves_of_lora(config, layout, compiles, tokens, block, max_rank):
+    check_lora(config, layout, compiles, halves, SOME, tokens, block, max_rank, 2 * len(SOME))
+
+
+def halves(x, y, pool, layer, adapters, *, modules, max_rank, **static):
+    """LoRA of modules with A in columns of the tables, and B in as many behind them."""
+    a = replace(modules, outputs=(0,) * modules.count)
+    b = replace(modules, first=modules.first + modules.count, inputs=0)
+    where = pool, layer, adapters
+    h = lora_shrink(x, *where, modules=a, max_rank=max_rank, **static)
+    return lora_expand(y, h, *where, modules=b, **static)
+
+
+def check_lora(config, layout, compiles, delta, names, tokens, block, max_rank, kernels):
     fused = [linears(config)[name] for name in names]
 
     def all_of(pool, layer, length, pages, rank, first_tile, scale, *operands):
@@ -144,7 +170,7 @@ def test_lora(config, layout, compiles, names, tokens, block, max_rank):
         adapters = with_work(length, pages, rank, first_tile, scale, **size)
         static = {"max_rank": max_rank, "layout": layout, "backend": "mosaic"}
         return [
-            lora_delta(x, y, pool, layer, adapters, modules=modules, **static)
+            delta(x, y, pool, layer, adapters, modules=modules, **static)
             for modules, (x, y) in zip(fused, batched(operands, 2), strict=True)
         ]
 
@@ -154,22 +180,23 @@ def test_lora(config, layout, compiles, names, tokens, block, max_rank):
     operands.append(shape(*tables, dtype=jnp.float32))
     for modules in fused:
         operands += [shape(tokens, modules.inputs), shape(tokens, sum(modules.outputs))]
-    compiles(all_of, pool, *operands, kernels=len(names) * (1 if block == 1 else 2))
+    compiles(all_of, pool, *operands, kernels=kernels)
 
 
+@pytest.mark.parametrize(("delta", "kernels"), [(lora_delta, 1), (halves, 2)], ids=["", "halves"])
 @pytest.mark.parametrize("vocab", [32000, 128256, 262144])
-def test_lora_of_the_head(compiles, vocab):
+def test_lora_of_the_head(compiles, vocab, delta, kernels):
     """Its many outputs are shared in a cluster, which has 8 CTAs at most."""
     layout, segments = PageLayout(kv_heads=8, head_dim=128, page_size=PAGE_SIZE), 64
     pool, modules = pool_of(layout), Modules(0, 4096, (vocab,))
-    tables = segments, pool.shape[0] + 1, 1
+    tables = segments, pool.shape[0] + 1, 2
 
     def head(pool, length, pages, rank, first_tile, scale, x, y):
         size = {"layout": layout, "tokens": ROWS, "block": 1}
         adapters = with_work(length, pages, rank, first_tile, scale, **size)
         static = {"modules": modules, "max_rank": 64, "layout": layout, "backend": "mosaic"}
-        return lora_delta(x, y, pool, None, adapters, **static)
+        return delta(x, y, pool, None, adapters, **static)
 
     operands = ints(segments), ints(segments, 300), ints(*tables), ints(*tables)
     scale = shape(*tables, dtype=jnp.float32)
-    compiles(head, pool, *operands, scale, shape(ROWS, 4096), shape(ROWS, vocab))
+    compiles(head, pool, *operands, scale, shape(ROWS, 4096), shape(ROWS, vocab), kernels=kernels)

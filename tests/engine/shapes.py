@@ -5,15 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.layout import PageLayout
+from sharding import LoraPartition, Placement, tensor_mesh
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.engine.programs import StepShape
-from slora_jax.engine.state import new_state
+from slora_jax.engine.state import new_state, state_shardings
 from slora_jax.model.inputs import Bucket, StepInputs
 from slora_jax.model.llama import LoraMode
-from slora_jax.model.loader import dummy_weights
+from slora_jax.model.loader import weight_shapes
+from slora_jax.model.shards import ModelShards
 
 TINY = ModelConfig(
     vocab_size=260,

@@ -24,12 +24,13 @@ def test_step_on_cpu(tokens, lora_mode):
 
 
 def test_install_on_cpu():
-    (_, pool, *_), _ = step_shapes(
+    (_, pool, *_), shape = step_shapes(
         TINY, pages=PAGES, rows=4, tokens=4, lora_mode="none", dtype=jnp.float32
     )
     pages = jax.ShapeDtypeStruct((8,), jnp.int32)
     contents = jax.ShapeDtypeStruct((8, *pool.shape[::2]), pool.dtype)
-    memory = programs.install_pages.trace(pool, pages, contents).lower().compile().memory_analysis()
+    traced = programs.install_pages.trace(pool, pages, contents, mesh=shape.mesh)
+    memory = traced.lower().compile().memory_analysis()
     size = pool.size * pool.dtype.itemsize
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size // 8

@@ -16,6 +16,8 @@ from pallas_kernels import (
     PageLayout,
     kv_write,
     lora_delta,
+    lora_expand,
+    lora_shrink,
     paged_decode,
     paged_prefill,
     rope_kv_write,
@@ -192,6 +194,35 @@ def test_lora_of_prompts(name, config, layout, which):
     check_lora(layout, *linears(config)[which], RANKS, lengths, 64, large=name == LARGE)
 
 
+@pytest.mark.parametrize("name", ["llama-3-70b/8"])
+@pytest.mark.parametrize("block", [1, 64])
+def test_half_modules(config, layout, block):
+    """B alone in a module's section, as S-LoRA's partition of a tensor has it."""
+    lengths, outputs = [20, 1, 65, 0, 9, 3, 1, 2], linears(config)["qkv"][1]
+    tokens, base = sum(lengths) + 5, sum(lengths)
+    table = [[rank, 8, rank] for rank in RANKS]
+    tiles = [
+        sum(layout.module_tiles(r, 0, n) for r, n in zip(t, outputs, strict=True)) for t in table
+    ]
+    pages_each = ceil_div(max(tiles), layout.tiles_per_page)
+    pages = Pages(layout, layers=2, pages=pages_each * len(RANKS) + 1)
+    lora = RandomAdapters(pages, table, lengths, 0, outputs, LAYER, tokens, pages_each, block)
+    y, rng = normal(2, tokens, sum(outputs)), np.random.default_rng(3)
+    h = rng.standard_normal((tokens, 3, max(RANKS)))
+    h *= np.arange(max(RANKS)) < np.asarray(table)[np.r_[lora.owner, [0] * 5], :, None]
+    h = h.astype(np.float32)
+    want = lora.expand(np.asarray(y, np.float64), h, outputs)
+    pool = jnp.asarray(pages.pool.astype(BF16))
+    static = {"modules": lora.modules, "layout": layout, "backend": "mosaic"}
+
+    def expand(y, h, pool, adapters):
+        return lora_expand(y, h, pool, ints(LAYER), adapters, **static)
+
+    got = run(expand, y, jnp.asarray(h), pool, lora.adapters)
+    agree(got, want)
+    assert int(unequal(got[base:], y[base:])) == 0
+
+
 @pytest.mark.parametrize("name", ["llama-3-8b"])
 def test_lora_of_the_head(config, layout):
     """Tiles of a module that belongs to no layer are spread over the slots of all layers."""
@@ -200,6 +231,7 @@ def test_lora_of_the_head(config, layout):
 
 
 def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, large=False):
+    """In one operation, and half by half."""
     tokens = sum(lengths) + 5  # the last five are the base model's
     # An adapter's modules have unequal ranks, and here and there one is missing.
     table = [
@@ -226,12 +258,20 @@ def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, l
         size = {"layout": layout, "tokens": tokens, "block": block}
         adapters = with_work(adapters.length, numbers, *tables, **size)  # `work` has pages, too
     line = None if layer is None else ints(layer)
-    static = {"modules": lora.modules, "max_rank": max(ranks), "layout": layout}
+    static = {"modules": lora.modules, "layout": layout, "backend": "mosaic"}
+    base = sum(lengths)
 
     def delta(x, y, pool, adapters):
-        return lora_delta(x, y, pool, line, adapters, **static, backend="mosaic")
+        return lora_delta(x, y, pool, line, adapters, max_rank=max(ranks), **static)
 
-    got = run(delta, x, y, pool, adapters)
-    agree(got, want)
-    base = sum(lengths)
-    assert int(unequal(got[base:], y[base:])) == 0
+    def shrink(x, pool, adapters):
+        return lora_shrink(x, pool, line, adapters, max_rank=max(ranks), **static)
+
+    def expand(y, h, pool, adapters):
+        return lora_expand(y, h, pool, line, adapters, **static)
+
+    agree(run(shrink, x, pool, adapters), h, tolerance=1e-4)  # float32, not bfloat16
+    h = jnp.asarray(h, jnp.float32)
+    for got in run(delta, x, y, pool, adapters), run(expand, y, h, pool, adapters):
+        agree(got, want)
+        assert int(unequal(got[base:], y[base:])) == 0

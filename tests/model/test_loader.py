@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from sharding import Placement, Split, tensor_mesh
 from slora_jax.config import ModelConfig
-from slora_jax.model.checkpoint import CheckpointError
-from slora_jax.model.loader import dummy_weights, interleave, load_weights, weight_sources
+from slora_jax.model.checkpoint import Checkpoint, CheckpointError
+from slora_jax.model.loader import _read_block, dummy_weights, load_weights, weight_shapes
+from slora_jax.model.shards import ModelShards
+from slora_jax.model.sources import weight_sources
 from slora_jax.model.weights import LlamaWeights
 
 CONFIG = ModelConfig(
@@ -71,8 +73,13 @@ def write_sharded(model_dir: Path, content: dict[str, np.ndarray]) -> list[Path]
     return files
 
 
-def load(model_dir: Path, config=CONFIG, dtype=jnp.float32, **options) -> LlamaWeights:
-    return load_weights(model_dir, config, dtype, progress=False, **options)
+def load(model_dir: Path, config=CONFIG, dtype=jnp.float32, size: int = 1) -> LlamaWeights:
+    model, placement = ModelShards(config, size), Placement(tensor_mesh(size))
+    return load_weights(model_dir, model, dtype, placement, progress=False)
+
+
+def dummy(config: ModelConfig, dtype=jnp.float32, seed: int = 0) -> LlamaWeights:
+    return dummy_weights(ModelShards(config), dtype, Placement(tensor_mesh(1)), seed)
 
 
 def paths(weights: LlamaWeights) -> dict[str, jax.Array]:
@@ -113,34 +120,79 @@ def test_loads_every_tensor(tmp_path, sharded, biases):
             assert linear.scale is None
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_fused_projections_are_interleaved_for_shards(tmp_path, shards):
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_device_holds_its_part_of_each_fused_tensor(tmp_path, size):
     content = tensors()
     save_file(content, tmp_path / "model.safetensors")
-    layer = load(tmp_path, shards=shards).layers[1]
-    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
-    for fused, names in (
-        (layer.qkv.weight, (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")),
-        (layer.gate_up.weight, (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-    ):
-        for shard, block in enumerate(np.split(np.asarray(fused), shards)):
-            parts = [np.split(content[f"{name}.weight"], shards)[shard] for name in names]
-            np.testing.assert_array_equal(block, np.concatenate(parts))
+    layer = load(tmp_path, size=size).layers[1]
+    attention = "model.layers.1.self_attn"
+    names = [f"{attention}.{name}.weight" for name in ("q_proj", "k_proj", "v_proj")]
+    for device, shard in enumerate(layer.qkv.weight.addressable_shards):
+        parts = [np.split(content[name], size)[device] for name in names]
+        np.testing.assert_array_equal(shard.data, np.concatenate(parts))
+    whole = content[f"{attention}.o_proj.weight"]
+    for device, shard in enumerate(layer.o.weight.addressable_shards):
+        np.testing.assert_array_equal(shard.data, np.split(whole, size, axis=1)[device])
 
 
-def test_interleave():
-    q, k, v = np.arange(4), np.arange(10, 12), np.arange(20, 22)
-    assert interleave([q, k, v], 1).tolist() == [0, 1, 2, 3, 10, 11, 20, 21]
-    assert interleave([q, k, v], 2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert interleave([q], 2).tolist() == [0, 1, 2, 3]
-    assert interleave([q[:, None], k[:, None]], 2).tolist() == [[0], [1], [10], [2], [3], [11]]
-    with pytest.raises(ValueError, match="4 shards do not divide 2 rows"):
-        interleave([q, k], 4)
+def block(model_dir: Path, path: str, size: int, device: int, config=CONFIG) -> np.ndarray:
+    source = weight_sources(ModelShards(config, size))[path]
+    with Checkpoint(model_dir) as checkpoint:
+        return _read_block(checkpoint, source, np.dtype(np.float32), device)
 
 
-def test_shards_must_divide_the_heads(tmp_path):
-    with pytest.raises(ValueError, match="4 shards do not divide num_key_value_heads 2"):
-        load(tmp_path, shards=4)
+def test_blocks_past_the_end_are_padded_with_zeros(tmp_path):
+    content = tensors()
+    save_file(content, tmp_path / "model.safetensors")
+    head, down = content["lm_head.weight"], content["model.layers.0.mlp.down_proj.weight"]
+    for path, whole, axis in (("lm_head.weight", head, 0), ("layers.0.down.weight", down, 1)):
+        first, second = (block(tmp_path, path, 2, device) for device in (0, 1))
+        assert first.shape == second.shape
+        assert first.shape[axis] == 64  # what the kernels want a multiple of
+        index = tuple(map(slice, whole.shape))
+        np.testing.assert_array_equal(first[index], whole)
+        assert np.count_nonzero(first) == whole.size
+        assert not second.any()
+
+
+def test_few_heads_are_held_by_several_devices(tmp_path):
+    content = tensors()
+    save_file(content, tmp_path / "model.safetensors")
+    attention = "model.layers.0.self_attn"
+    for device in range(4):
+        qkv = block(tmp_path, "layers.0.qkv.weight", 4, device)
+        for part, name, head in zip(
+            np.split(qkv, 3), "qkv", (device, device // 2, device // 2), strict=True
+        ):
+            expected = content[f"{attention}.{name}_proj.weight"][6 * head : 6 * (head + 1)]
+            np.testing.assert_array_equal(part, expected)
+
+
+def test_a_bias_of_what_is_added_up_is_held_once(tmp_path):
+    config = configured(**BIASED)
+    content = tensors(config)
+    save_file(content, tmp_path / "model.safetensors")
+    first, second = (block(tmp_path, "layers.0.o.bias", 2, device, config) for device in (0, 1))
+    np.testing.assert_array_equal(first, content["model.layers.0.self_attn.o_proj.bias"])
+    np.testing.assert_array_equal(second, np.zeros_like(first))
+
+
+def test_splits():
+    def blocks(split: Split, devices: int) -> list[list[int]]:
+        return [split.take(np.arange(1, 1 + split.size), n, 0).tolist() for n in range(devices)]
+
+    assert blocks(Split.padded(5, 2), 2) == [[1, 2, 3], [4, 5, 0]]
+    assert blocks(Split.padded(2, 3, 2), 3) == [[1, 2], [0, 0], [0, 0]]
+    assert blocks(Split.heads(4, 1, 2), 2) == [[1, 2], [3, 4]]
+    assert blocks(Split.heads(2, 2, 4), 4) == [[1, 2], [1, 2], [3, 4], [3, 4]]
+    assert blocks(Split.once(2, 3), 3) == [[1, 2], [0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="2 heads and 3 devices: neither divides the other"):
+        Split.heads(2, 1, 3)
+
+
+def test_devices_must_divide_the_heads():
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 3 .* one of 1, 2, 4"):
+        ModelShards(CONFIG, 3)
 
 
 @pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -154,22 +206,16 @@ def test_casts(tmp_path, stored, dtype):
     np.testing.assert_array_equal(weights.layers[0].down.weight, expected)
 
 
-def test_placement_by_path(tmp_path):
-    save_file(tensors(), tmp_path / "model.safetensors")
-    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
-    rows, all_of_it = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("tp", None))
-    asked = []
-
-    def place(path: str) -> NamedSharding:
-        asked.append(path)
-        return rows if path.endswith("qkv.weight") else all_of_it
-
-    loaded = load(tmp_path, sharding=place)
-    assert sorted(asked) == sorted(paths(loaded))
-    for weights in loaded, dummy_weights(CONFIG, jnp.float32, sharding=place):
-        assert weights.layers[0].qkv.weight.sharding == rows
-        assert weights.norm.sharding == all_of_it
-    np.testing.assert_array_equal(load(tmp_path, sharding=rows).norm, load(tmp_path).norm)
+@pytest.mark.parametrize("size", [1, 2])
+def test_placement(tmp_path, size):
+    config = configured(**BIASED)
+    save_file(tensors(config), tmp_path / "model.safetensors")
+    model, placement = ModelShards(config, size), Placement(tensor_mesh(size))
+    expected = paths(weight_shapes(model, jnp.float32, placement))
+    for weights in (load(tmp_path, config, size=size), dummy_weights(model, "float32", placement)):
+        for path, array in paths(weights).items():
+            assert (array.shape, array.dtype) == (expected[path].shape, expected[path].dtype)
+            assert array.sharding.is_equivalent_to(expected[path].sharding, array.ndim)
 
 
 def test_tied_embedding(tmp_path):
@@ -262,7 +308,7 @@ def test_names_a_damaged_file(tmp_path, damage):
         ("pytorch_model.bin", r"PyTorch pickles.*save_pretrained\(new, safe_serialization=True\)"),
         ("consolidated.00.pth", "PyTorch pickles"),
         ("model-00001-of-00002.safetensors", r"neither model.safetensors nor .*index.json, which"),
-        ("README.md", "holds no weights"),
+        ("README.md", "holds no weights: neither model.safetensors nor .* nor a directory orbax"),
     ],
 )
 def test_says_what_is_there_instead_of_weights(tmp_path, file, message):
@@ -273,7 +319,7 @@ def test_says_what_is_there_instead_of_weights(tmp_path, file, message):
 
 def test_draws_a_progress_bar_of_bytes(tmp_path, capsys):
     save_file(tensors(), tmp_path / "model.safetensors")
-    load_weights(tmp_path, CONFIG, jnp.float32)
+    load_weights(tmp_path, ModelShards(CONFIG), jnp.float32, Placement(tensor_mesh(1)))
     assert "Loading weights" in capsys.readouterr().err
 
 
@@ -281,20 +327,21 @@ def test_dummy_weights_have_the_shapes_of_a_checkpoint(tmp_path):
     config = configured(**BIASED)
     save_file(tensors(config), tmp_path / "model.safetensors")
     shapes = jax.tree.map(jnp.shape, paths(load(tmp_path, config)))
-    dummy = paths(dummy_weights(config, jnp.bfloat16))
-    assert jax.tree.map(jnp.shape, dummy) == shapes
-    assert {x.dtype for x in dummy.values()} == {np.dtype(jnp.bfloat16)}
-    assert {path: source.shape for path, source in weight_sources(config).items()} == shapes
+    made = paths(dummy(config, jnp.bfloat16))
+    assert jax.tree.map(jnp.shape, made) == shapes
+    assert {x.dtype for x in made.values()} == {np.dtype(jnp.bfloat16)}
+    sources = weight_sources(ModelShards(config))
+    assert {path: source.block_shape for path, source in sources.items()} == shapes
 
 
 def test_dummy_weights_keep_activations_sane():
     config = configured(hidden_size=64, intermediate_size=256, num_hidden_layers=3)
-    weights = dummy_weights(config, jnp.float32)
+    weights = dummy(config)
     for name in ("qkv", "o", "gate_up", "down"):
         first, *others = (getattr(layer, name).weight for layer in weights.layers)
         assert np.std(first) * first.shape[1] ** 0.5 == pytest.approx(1, rel=0.1)
         assert not any(np.array_equal(first, other) for other in others)
     np.testing.assert_array_equal(weights.layers[0].input_norm, 1)
-    same, other = (dummy_weights(config, jnp.float32, seed).embed_tokens for seed in (0, 1))
+    same, other = (dummy(config, seed=seed).embed_tokens for seed in (0, 1))
     np.testing.assert_array_equal(weights.embed_tokens, same)
     assert not np.array_equal(weights.embed_tokens, other)

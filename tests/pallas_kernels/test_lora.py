@@ -119,8 +119,16 @@ def test_delta_of_runs_longer_than_a_block(delta, backend, dtype):
     check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
 
 
-HALVES_CASES = {  # those of `lora_delta` with A and B in columns of their own; and as they follow
-    **{f"{name}, apart": (*case, True) for name, case in DELTA_CASES.items()},
+APART = (
+    "outputs in several passes",
+    "an odd number of tiles",
+    "fused, some modules missing",
+    "outer",
+    "large ranks",
+    "base only",
+)
+HALVES_CASES = {  # with A and B in columns of their own; and B behind A
+    **{f"{name}, apart": (*DELTA_CASES[name], True) for name in APART},
     **{name: (*DELTA_CASES[name], False) for name in ("fused, some modules missing", "outer")},
     "odd inputs": ("llama", [[8], [3]], [2, 1], 40, (128,), 1, False),
     "odd outputs": ("llama", [[8], [3]], [2, 1], 128, (40,), 1, False),
