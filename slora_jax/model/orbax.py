@@ -303,7 +303,9 @@ def _block_shape(
     return (*shape[:axis], split.width, *shape[axis + 1 :])
 
 
-def _shorten(error: Exception, limit: int = 300) -> str:
-    """The first line of a message, without TensorStore's account of all its settings."""
+def _shorten(error: BaseException, limit: int = 300) -> str:
+    """What an error is due to, in a line, without TensorStore's account of all its settings."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = f"{type(error).__name__}: {error}".split("\n")[0].split(" [tensorstore_spec")[0]
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text.rstrip(".") if len(text) <= limit else f"{text[:limit]}…"

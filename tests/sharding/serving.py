@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serves the same requests on one device and on several, and compares all that they give."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -11,8 +10,6 @@ from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.adapters.pack import pack
 from slora_jax.adapters.peft import read_adapter
 from slora_jax.config import ModelConfig
-from slora_jax.core import RequestError
-from slora_jax.model.shards import ModelShards
 from tests.sharding.models import write_adapters, write_model
 
 PARAMS = SamplingParams(
@@ -82,13 +79,17 @@ class Case:
         assert {pool.shape[2] for pool in pools} == {layout.page_elems}
         residents = engine.adapters.cache.residents
         assert residents
-        paths = {engine.adapters.store[name].version.id: path for name, path in self.adapters.items()}
+        paths = {
+            engine.adapters.store[name].version.id: path for name, path in self.adapters.items()
+        }
         for device, pool in enumerate(pools):
             assert not pool[:, 0].any()
             for adapter_id, resident in residents.items():
                 adapter = read_adapter(paths[adapter_id], self.config)
                 packed = pack(adapter, model, layout, pool.dtype, device)
-                np.testing.assert_array_equal(pool[:, list(resident.pages)], packed.pages.swapaxes(0, 1))
+                np.testing.assert_array_equal(
+                    pool[:, list(resident.pages)], packed.pages.swapaxes(0, 1)
+                )
 
 
 def _table(output: RequestOutput, vocab: int) -> np.ndarray:
