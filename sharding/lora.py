@@ -10,6 +10,7 @@ M modules A is in column m of the tables, and B in column M + m.
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
@@ -41,8 +42,8 @@ class ShardedLora:
     max_rank: int
     layout: PageLayout
     backend: Backend
-    tensor: TensorAxis = TensorAxis()
-    partition: LoraPartition = "no-comm"
+    tensor: TensorAxis
+    partition: LoraPartition
 
     @property
     def in_halves(self) -> bool:
@@ -96,7 +97,7 @@ class ShardedLora:
         """
         size = {"max_rank": self.max_rank, "layout": self.layout}
         h = lora_lookup(tokens, pool, adapters, modules=modules, **size)
-        h = jax.numpy.where(held[:, None, None], h, 0)
+        h = jnp.where(held[:, None, None], h, 0)
         if self.in_halves:
             return self._expand_share(y, self.tensor.sum(h), pool, None, adapters, modules)
         return lora_expand(y, h, pool, None, adapters, modules=modules, layout=self.layout)

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from jaxtyping import Array, Shaped
 from sharding.specs import REPLICATED, TENSOR, sharded_axis
 
 
-def tensor_mesh(size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def tensor_mesh(size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of one axis, `TENSOR`, over the first devices.
 
     Every process of a `jax.distributed` cluster sees the devices of all, in the same order. A data
@@ -87,7 +88,7 @@ class Placement:
         """
         axis, sharding = sharded_axis(spec), self.sharding(spec, memory_kind)
 
-        def of(index: tuple[slice, ...]) -> np.ndarray:
+        def of(index: Any) -> np.ndarray:
             return block(0 if axis is None else (index[axis].start or 0) // shape[axis])
 
         # Unlike device_put, this does not send arrays to the other processes to compare them.

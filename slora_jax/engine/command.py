@@ -101,6 +101,7 @@ def step_command(
 
 
 def _counts(request: Request, vocab_size: int) -> Counts:
+    assert request.slot is not None
     output = np.bincount(request.output, minlength=vocab_size).astype(np.int32)
     in_prompt = np.bincount(request.prompt, minlength=vocab_size) > 0
     return Counts(request.slot, output, in_prompt)

@@ -34,7 +34,9 @@ def engine(adapters: dict[str, Path]) -> Engine:
     return engine
 
 
-def make_engine(adapters: dict[str, Path], *, num_pages: int, max_model_len: int) -> Engine:
+def make_engine(
+    adapters: dict[str, Path], *, num_pages: int, max_model_len: int, devices: int = 1
+) -> Engine:
     """With few programs to compile."""
     return Engine(
         BASE_MODEL,
@@ -46,6 +48,7 @@ def make_engine(adapters: dict[str, Path], *, num_pages: int, max_model_len: int
         decode_batch_sizes=(8,),
         max_loras=4,
         max_lora_rank=4,
+        tensor_parallel_size=devices,
     )
 
 
@@ -101,4 +104,13 @@ def test_an_adapter_of_known_modules_compiles_nothing(engine, caplog, tmp_path):
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         engine.load_adapter("new", tmp_path / "new")
         engine.generate([[7] * 5], SamplingParams(temperature=0, max_tokens=4), adapters="new")
+    assert compiled(caplog) == []
+
+
+def test_on_two_devices(adapters, caplog):
+    engine = make_engine({"all": adapters["all"]}, num_pages=100, max_model_len=64, devices=2)
+    engine.warm_up()
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        engine.generate([[7] * 20] * 3, greedy, adapters=["all", None, None])
     assert compiled(caplog) == []
