@@ -94,6 +94,22 @@ class Placement:
         # Unlike device_put, this does not send arrays to the other processes to compare them.
         return jax.make_array_from_callback(self.whole(shape, spec), sharding, of)
 
+    def move(self, arrays: Sequence[Array], spec: PartitionSpec) -> tuple[Array, ...]:
+        """Starts to copy arrays to the devices, from memory of the host by their sides."""
+        to = self.sharding(spec)
+        if self.size == 1:
+            return tuple(jax.device_put(list(arrays), to))
+        # Shard by shard: then it is no matter of other processes.
+        shards = [shard for array in arrays for shard in array.addressable_shards]
+        homes = [SingleDeviceSharding(shard.device, memory_kind="device") for shard in shards]
+        moved = iter(jax.device_put([shard.data for shard in shards], homes))
+        return tuple(
+            jax.make_array_from_single_device_arrays(
+                array.shape, to, [next(moved) for _ in array.addressable_shards]
+            )
+            for array in arrays
+        )
+
     def whole(self, shape: Sequence[int], spec: PartitionSpec) -> tuple[int, ...]:
         """The shape of an array whose blocks have this shape."""
         axis = sharded_axis(spec)

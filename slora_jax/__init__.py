@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slora_jax.core import RequestOutput as RequestOutput
     from slora_jax.core import SamplingParams as SamplingParams
     from slora_jax.engine.engine import Engine as Engine
+    from slora_jax.engine.following import Follower as Follower
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "EngineConfig": "slora_jax.config",
     "EngineDeadError": "slora_jax.core",
     "FinishReason": "slora_jax.core",
+    "Follower": "slora_jax.engine.following",
     "ModelConfig": "slora_jax.config",
     "OverloadedError": "slora_jax.core",
     "RequestError": "slora_jax.core",
@@ -41,6 +43,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "FinishReason",
+    "Follower",
     "ModelConfig",
     "OverloadedError",
     "RequestError",

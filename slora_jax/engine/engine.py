@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import numpy as np
 
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.manager import AdapterManager, Rescan
-from slora_jax.adapters.reader import AdapterReader
 from slora_jax.config import EngineConfig
 from slora_jax.core import (
     EngineDeadError,
@@ -25,14 +23,13 @@ from slora_jax.core import (
     SamplingParams,
     StepPlan,
 )
+from slora_jax.engine.following import Followers, LeadingRunner
 from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
-from slora_jax.engine.setup import Setup, keep_compiled_programs, set_up
-from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages, staging_pages
+from slora_jax.engine.sizing import host_bytes, staging_pages
+from slora_jax.engine.start import adapter_reader, load_model
 from slora_jax.engine.warm_up import warm_up
-from slora_jax.hf_config import read_model_config
-from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.pool.allocator import PagePool, PageUse
 from slora_jax.scheduling.choice import make_policy
 from slora_jax.scheduling.cost_model import CostModel, StepLoad, step_load
@@ -82,27 +79,29 @@ class Engine:
         **options: Any,
     ):
         model_dir = Path(model)
-        self.config = read_model_config(model_dir)
-        setup = set_up(EngineConfig(**options), self.config)
-        keep_compiled_programs(setup.options.compilation_cache_dir)
+        if jax.process_index() > 0:
+            raise ValueError(
+                f"this is process {jax.process_index()} of {jax.process_count()}, and process 0 "
+                "has the engine: run a Follower here"
+            )
         self.tokenizer = load_tokenizer(model_dir)
-        how = setup.model, setup.dtype, setup.placement
-        if setup.options.load_format == "dummy":
-            weights = dummy_weights(*how, setup.options.seed)
+        weights, self.setup = load_model(model_dir, EngineConfig(**options), progress=progress)
+        self.config, self.options = self.setup.config, self.setup.options
+        assert self.options.num_pages is not None
+        self.pool = PagePool(self.options.num_pages)
+        read = adapter_reader(self.setup, model_dir).read
+        self._followers: Followers | None = None
+        if jax.process_count() == 1:
+            self.runner = ModelRunner(weights, self.setup)
         else:
-            weights = load_weights(model_dir, *how, progress=progress)
-        num_pages = setup.options.num_pages
-        if num_pages is None:
-            num_pages = pool_pages(weights, setup)
-        check_pool_fits(num_pages, setup)
-        self.options = replace(setup.options, num_pages=num_pages)
-        self.setup = replace(setup, options=self.options)
-        self.pool = PagePool(num_pages)
-        self.runner = ModelRunner(weights, self.setup)
+            # Before the followers wait for commands, all of them make the same state.
+            self._followers = Followers()
+            self.runner = LeadingRunner(weights, self.setup, self._followers)
+            read = self._followers.reading(read)
         self._lock = threading.RLock()  # of all below; not held while the device or a file is read
         self.adapters = AdapterManager(
             self._lock,
-            _adapter_reader(self.setup, model_dir).read,
+            read,
             self.runner,
             self.pool,
             num_slots=self.options.max_loras,
@@ -355,6 +354,11 @@ class Engine:
                 self.abort(request_id)
         return [finished[request_id] for request_id in ids]
 
+    def close(self) -> None:
+        """Lets the other processes of the engine end, if there are any; nothing runs after that."""
+        if self._followers is not None:
+            self._followers.close()
+
     def warm_up(self, *, progress: bool = False) -> None:
         """Compiles what requests will need, so that the first ones need not wait for it.
 
@@ -517,18 +521,3 @@ class Engine:
 
 def _adapters_of(requests: Iterable[Request]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(r.adapter for r in requests if r.adapter is not None))
-
-
-def _adapter_reader(setup: Setup, model_dir: Path) -> AdapterReader:
-    options = setup.options
-    assert options.num_pages is not None
-    return AdapterReader(
-        setup.model,
-        setup.layout,
-        np.dtype(setup.dtype),
-        max_rank=options.max_lora_rank,
-        capacity=options.num_pages - 1,
-        model_dir=None if options.load_format == "dummy" else model_dir,
-        placement=setup.placement,
-        memory_kind="device" if jax.default_backend() == "cpu" else "pinned_host",
-    )

@@ -34,7 +34,7 @@ from slora_jax.pool.allocator import RESERVED_PAGE
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class StagedAdapter:
     """An adapter in staging: the device's memory beside the pool. The copy may be under way.
 
@@ -147,7 +147,7 @@ class ModelRunner:
         32 MiB on an H100.
         """
         placement = self._setup.placement
-        chunks = jax.device_put(adapter.chunks, placement.sharding(PAGES))
+        chunks = placement.move(adapter.chunks, PAGES)
         tables = tuple(
             placement.put(lambda _, table=table: table, table.shape, REPLICATED)
             for table in adapter.tables

@@ -42,7 +42,7 @@ LoraMode = Literal["none", "layers", "all"]  # "all": some adapter has embed_tok
 
 @struct.dataclass
 class LoraTables:
-    """Where every resident adapter lies; written when an adapter is installed. Alike on all devices.
+    """Where every resident adapter lies; written when one is installed. Alike on all devices.
 
     Line L of the layer axis holds the modules that belong to no layer, in the order of
     `OUTER_MODULES`. Where A and B are found apart (`sharding.lora`), C = 2M: A of all modules, then

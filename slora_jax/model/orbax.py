@@ -9,7 +9,7 @@ The tree is a flat dict of the unfused tensors by their Hugging Face names, as
 "model.layers.0.self_attn.q_proj.weight": so one checkpoint serves any number of devices, and a
 training job in JAX writes it with that one call. `slora convert` stores tensors in chunks of
 `_CHUNK_BYTES`, the least that is read: with the single chunk that Orbax makes of a NumPy array by
-default, every device would read the whole tensor to take its part.
+default, a device would read the whole tensor to take its part.
 
 Every process reads what its own devices hold and waits for no other: Orbax is told that it is
 alone. Orbax takes a second to import, so that only what needs it does.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ORBAX = "orbax"  # the directory's name
 _CHUNK_BYTES = 1 << 20  # 512 by 1024 of bfloat16: an eighth of 4096 rows or columns has no rest
-_GROUP_BYTES = 1 << 30  # written at a time; what a group costs grows with their number
+_GROUP_BYTES = 1 << 29  # written at a time; what a group costs grows with their number
 _DTYPES = ("float32", "float16", "bfloat16")
 _REMEDY = "Copy or download it again, or convert it again with `slora convert`"
 
@@ -216,6 +216,7 @@ def _context() -> "ocp.Context":
     context.pytree.loading.partial_load = True
     context.array.loading.enable_padding_and_truncation = True
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.memory.deepcopy_host_arrays = False  # nobody writes to them
     return context
 
 

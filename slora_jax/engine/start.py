@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every process of an engine does first: weights and pool onto its devices."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from slora_jax.adapters.reader import AdapterReader
+from slora_jax.config import EngineConfig
+from slora_jax.engine.setup import Setup, keep_compiled_programs, set_up
+from slora_jax.engine.sizing import check_pool_fits, pool_pages
+from slora_jax.hf_config import read_model_config
+from slora_jax.model.loader import dummy_weights, load_weights
+from slora_jax.model.weights import LlamaWeights
+
+
+def load_model(
+    model_dir: Path, options: EngineConfig, *, progress: bool
+) -> tuple[LlamaWeights, Setup]:
+    """Loads the weights and decides how large the pool is to be.
+
+    Raises:
+        ValueError: the model or an option is not supported, or there is no room.
+    """
+    setup = set_up(options, read_model_config(model_dir))
+    keep_compiled_programs(setup.options.compilation_cache_dir)
+    how = setup.model, setup.dtype, setup.placement
+    if setup.options.load_format == "dummy":
+        weights = dummy_weights(*how, setup.options.seed)
+    else:
+        weights = load_weights(model_dir, *how, progress=progress)
+    num_pages = setup.options.num_pages
+    if num_pages is None:
+        num_pages = pool_pages(weights, setup)
+    check_pool_fits(num_pages, setup)
+    return weights, replace(setup, options=replace(setup.options, num_pages=num_pages))
+
+
+def adapter_reader(setup: Setup, model_dir: Path) -> AdapterReader:
+    """Reads adapters for what this process's devices hold."""
+    options = setup.options
+    assert options.num_pages is not None
+    return AdapterReader(
+        setup.model,
+        setup.layout,
+        np.dtype(setup.dtype),
+        max_rank=options.max_lora_rank,
+        capacity=options.num_pages - 1,
+        model_dir=None if options.load_format == "dummy" else model_dir,
+        placement=setup.placement,
+        memory_kind="device" if jax.default_backend() == "cpu" else "pinned_host",
+    )
