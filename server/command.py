@@ -20,11 +20,14 @@ from server.frontend import FrontEnd
 from server.logs import log_as_json
 from slora_jax.cli import CommandError
 from slora_jax.cli.options import (
+    add_cluster_arguments,
     add_engine_arguments,
     add_model_arguments,
     base_names,
     check_adapter_names,
+    cluster_of,
     engine_options,
+    follow,
 )
 from slora_jax.config import EngineConfig
 from slora_jax.demo import BASE_MODEL, adapter_dirs
@@ -82,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser, required=False)
     add_engine_arguments(parser)
+    add_cluster_arguments(parser)
     parser.set_defaults(max_loras=None)  # whether it was given is what gateways hear of
 
 
@@ -95,13 +99,18 @@ def run(args: argparse.Namespace) -> int:
     _fill_in_demo(args)
     if args.max_loras is None:
         args.max_loras = EngineConfig().max_loras
+    cluster = cluster_of(args)
+    progress = Console(stderr=True).is_terminal and not args.quiet
+    if cluster is not None and cluster.process_id:
+        return follow(args, cluster, progress=progress)
+    if cluster is not None and args.restart:
+        raise CommandError("--restart can't start the other processes again: leave it out")
     log_as_json(logging.WARNING if args.quiet else logging.INFO)
     try:
         config = _server_config(args, max_loras)
         options = engine_options(args)
         EngineConfig(**options)  # cheap mistakes first
-        progress = Console(stderr=True).is_terminal and not args.quiet
-        front = FrontEnd(config, options, progress=progress, quiet=args.quiet)
+        front = FrontEnd(config, options, cluster, progress=progress, quiet=args.quiet)
     except (ValueError, TokenizerError) as error:
         raise CommandError(str(error)) from error
     with _listen(args.host, args.port) as listening:  # before anything is loaded

@@ -37,6 +37,7 @@ from server.messages import (
     decode_to_engine,
     encode,
 )
+from slora_jax.cluster import Cluster
 from slora_jax.core import RequestError, RequestOutput
 
 if TYPE_CHECKING:
@@ -207,6 +208,8 @@ def _make_engine(launch: Launch) -> tuple["Engine", dict[str, str]]:
     Raises:
         ValueError: the model, an option or, the first time, an adapter is not supported.
     """
+    if launch.cluster is not None:
+        Cluster(**launch.cluster).join()
     from slora_jax import AdapterError, Engine
 
     options: dict[str, Any] = {

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from server.catalog import AdapterCatalog
@@ -17,6 +18,7 @@ from server.generation import Generation
 from server.messages import Launch, Ready
 from server.metrics import Metrics
 from server.prompts import PromptEncoder
+from slora_jax.cluster import Cluster
 from slora_jax.core import RequestError
 from slora_jax.openai.chat import ChatCompletionRequest
 from slora_jax.openai.completions import CompletionRequest
@@ -36,6 +38,7 @@ class FrontEnd:
     Args:
         config: the server's.
         options: of the engine, fields of `EngineConfig`.
+        cluster: the processes of the engine, if there are several.
         progress: draw bars on stderr while the engine loads.
         quiet: no messages on stderr.
         engine_module: that the engine's process runs.
@@ -48,6 +51,7 @@ class FrontEnd:
         self,
         config: ServerConfig,
         options: dict[str, Any],
+        cluster: Cluster | None = None,
         *,
         progress: bool = False,
         quiet: bool = False,
@@ -55,6 +59,7 @@ class FrontEnd:
     ) -> None:
         self.config = config
         self._options = options
+        self._cluster = cluster
         self._progress = progress
         self._quiet = quiet
         tokenizer = load_tokenizer(config.model)
@@ -81,6 +86,7 @@ class FrontEnd:
             restart=restart,
             progress=self._progress,
             quiet=self._quiet,
+            cluster=None if self._cluster is None else asdict(self._cluster),
         )
 
     def delta(self, generation: Generation, index: int, tokens: int, now: float) -> None:

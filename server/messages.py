@@ -25,6 +25,7 @@ class Launch(msgspec.Struct, frozen=True):
         restart: an adapter that cannot be loaded does not keep the engine from starting.
         progress: draw bars on stderr.
         quiet: no messages on stderr.
+        cluster: fields of `Cluster`, where this is process 0 of several.
     """
 
     address: str
@@ -35,6 +36,7 @@ class Launch(msgspec.Struct, frozen=True):
     restart: bool
     progress: bool
     quiet: bool
+    cluster: dict[str, Any] | None = None
 
 
 # To the engine

@@ -28,9 +28,12 @@ from rich.progress import (
 
 from slora_jax.cli import CommandError
 from slora_jax.cli.options import (
+    add_cluster_arguments,
     add_engine_arguments,
     add_model_arguments,
     base_names,
+    cluster_of,
+    follow,
     start_engine,
 )
 from slora_jax.core import RequestError, RequestOutput
@@ -65,12 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add_engine_arguments(parser)
+    add_cluster_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves the whole file; 0 even if single lines failed: output and summary say so."""
     console = Console(stderr=True)
     draw = console.is_terminal and not args.quiet
+    cluster = cluster_of(args)
+    if cluster is not None and cluster.process_id:
+        return follow(args, cluster, progress=draw)
     _check_files(args.input, args.output)
     with _open(args.input, "rb") as source:
         engine = start_engine(args, progress=draw)

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from slora_jax.cli import CommandError
+from slora_jax.cluster import ENVIRONMENT, Cluster
 from slora_jax.config import EngineConfig
 from slora_jax.openai.models import is_adapter_name
 from slora_jax.scheduling.options import PolicyName, SchedulingOptions
@@ -99,6 +100,54 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the engine's settings, with the defaults of `EngineConfig`."""
     _add_fields(parser.add_argument_group("engine"), EngineConfig, _ENGINE_HELP)
     add_scheduling_arguments(parser)
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what several processes need to be one engine."""
+    group = parser.add_argument_group(
+        "several processes",
+        "whose devices hold one model together; the same command for all but --process-id",
+    )
+    texts = {
+        "coordinator_address": ("HOST:PORT", str, "of process 0"),
+        "num_processes": ("N", int, "how many there are"),
+        "process_id": ("N", int, "which of them this is; 0 takes requests, the others follow it"),
+    }
+    for name, (metavar, kind, text) in texts.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            metavar=metavar,
+            help=f"{text} (default: the variable {ENVIRONMENT[name]})",
+        )
+
+
+def cluster_of(args: argparse.Namespace) -> Cluster | None:
+    """The parsed `add_cluster_arguments`, or what the environment says; None: one process.
+
+    Raises:
+        CommandError: something is missing or out of range.
+    """
+    try:
+        return Cluster.of(args.coordinator_address, args.num_processes, args.process_id)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def follow(args: argparse.Namespace, cluster: Cluster, *, progress: bool) -> int:
+    """Carries out what process 0 does, until that ends.
+
+    Raises:
+        CommandError: the model or an option is refused, or process 0 is gone.
+    """
+    cluster.join()
+    from slora_jax.engine.following import Follower, FollowerError
+
+    try:
+        Follower(args.model, progress=progress, **engine_options(args)).run()
+    except (ValueError, OSError, FollowerError) as error:
+        raise CommandError(str(error)) from error
+    return 0
 
 
 def add_scheduling_arguments(parser: argparse.ArgumentParser, *, choice: bool = True) -> None:
@@ -198,13 +247,16 @@ def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
     """Loads the model and all adapters.
 
     Args:
-        args: of `add_model_arguments` and `add_engine_arguments`.
+        args: of `add_model_arguments`, `add_engine_arguments` and `add_cluster_arguments`.
         progress: whether to draw a progress bar on stderr.
 
     Raises:
         CommandError: the model, an adapter or an option is refused.
     """
     adapters = adapter_dirs(args)  # cheap mistakes first
+    cluster = cluster_of(args)
+    if cluster is not None:
+        cluster.join()
     from slora_jax.adapters.peft import AdapterError
     from slora_jax.engine.engine import Engine  # JAX takes a second to import
 

@@ -1,54 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of several that serve one model: `python -m tests.sharding.process CASE RANK PORT`.
+"""One process of several that serve one model: `python -m tests.sharding.process ARGUMENTS`.
 
-Each has as many CPU devices as XLA_FLAGS say. Process 0 prints what it served as JSON.
+It has as many CPU devices as XLA_FLAGS say. Process 0 prints what it served as JSON.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
-from sharding.cluster import Cluster
+from slora_jax.cluster import Cluster
+from slora_jax.core import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+SAMPLED = SamplingParams(
+    temperature=0.3, seed=3, max_tokens=6, ignore_eos=True, repetition_penalty=1.3
+)
 
 
-def main(root: Path, rank: int, processes: int, port: int, partition: str) -> None:
-    Cluster(f"127.0.0.1:{port}", processes, rank).join()
-    from slora_jax import Engine, Follower, SamplingParams
-
-    options = {
-        "tensor_parallel_size": jax.device_count(),
-        "lora_partition": partition,
+def options(**more: Any) -> dict[str, Any]:
+    """Of an engine whose adapters come and go: two of seven fit."""
+    return {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 16,
         "decode_batch_sizes": (8,),
         "max_lora_rank": 24,
-        "max_loras": 2,  # fewer than there are: they come and go
+        "max_loras": 2,
         "compilation_cache_dir": None,
+        **more,
     }
-    if rank:
-        Follower(root / "model", **options).run()
-        return
-    engine = Engine(root / "model", **options)
+
+
+def serve(engine: Any, root: Path) -> list[list[int]]:
+    """Tokens of requests for all adapters, one of them pinned, greedy and not."""
     adapters = {path.name: path for path in sorted((root / "adapters").iterdir())}
     engine.load_adapters(adapters)
     engine.pin_adapter("rank 1")
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
-    penalized = SamplingParams(
-        temperature=0.8, seed=3, max_tokens=6, ignore_eos=True, repetition_penalty=1.3
-    )
     names = [None, *adapters, "all", None]
     prompts = [list(range(3 + 2 * n, 9 + 4 * n)) for n in range(len(names))]
-    outputs = engine.generate(prompts, params, adapters=names)
-    outputs += engine.generate(prompts[:2], penalized, adapters=[None, "all"])
-    engine.check()
+    outputs = engine.generate(prompts, GREEDY, adapters=names)
     engine.unload_adapter("ranks")
-    shards = engine.runner.state.pool.addressable_shards
-    print(json.dumps({"tokens": [one.token_ids for one in outputs], "shards": len(shards)}))
-    engine.close()
+    outputs += engine.generate(prompts[:3], SAMPLED, adapters=[None, "all", "rank 1"])
+    engine.check()
+    return [output.token_ids for output in outputs]
+
+
+def main(root: Path, cluster: Cluster, partition: str, then: str) -> None:
+    cluster.join()
+    from slora_jax import AdapterError, Engine, Follower
+
+    how = options(tensor_parallel_size=jax.device_count(), lora_partition=partition)
+    if cluster.process_id:
+        follower = Follower(root / "model", **how)
+        if then == "lose":
+            os.kill(os.getpid(), signal.SIGKILL)
+        follower.run()
+        print("ended")
+        return
+    engine = Engine(root / "model", **how)
+    if then == "lose":
+        try:
+            for _ in range(1000):
+                engine.generate([[1, 2, 3]], GREEDY)
+        except Exception as error:
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+        os._exit(0)  # JAX would wait for the one that is gone
+    found = serve(engine, root)
+    try:
+        engine.load_adapter("elsewhere", "/nowhere")
+    except AdapterError as error:
+        refusal = str(error)
+    pool = engine.runner.state.pool
+    zero = all(not np.asarray(s.data)[:, 0].any() for s in pool.addressable_shards)
+    print(json.dumps({"tokens": found, "refusal": refusal, "zero": zero}))
 
 
 if __name__ == "__main__":
-    folder, rank, processes, port, partition = sys.argv[1:]
-    main(Path(folder), int(rank), int(processes), int(port), partition)
+    folder, rank, processes, port, partition, then = sys.argv[1:]
+    here = Cluster(f"127.0.0.1:{port}", int(processes), int(rank))
+    main(Path(folder), here, partition, then)

@@ -4,8 +4,6 @@
 import os
 from dataclasses import dataclass
 
-import jax
-
 ENVIRONMENT = {  # names that JAX's users set already
     "coordinator_address": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
@@ -77,4 +75,6 @@ class Cluster:
 
     def join(self) -> None:
         """Meets the others; called before JAX is used. Returns when all are there."""
+        import jax  # not needed by who only passes this on
+
         jax.distributed.initialize(self.coordinator_address, self.num_processes, self.process_id)

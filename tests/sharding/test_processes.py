@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model on the devices of two processes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slora_jax import Engine, Follower
+from slora_jax.cli import main
+from slora_jax.cluster import Cluster
+from slora_jax.demo import BASE_MODEL
+from tests.sharding.models import GQA, write_adapters, write_model
+from tests.sharding.process import options, serve
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("processes")
+    write_model(root / "model", GQA)
+    write_adapters(root / "adapters", GQA)
+    return root
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+def run(directory: Path, partition: str, then: str = "end") -> list[tuple[int, str]]:
+    """Exit codes and what was said, of process 0 and of process 1, with two devices each."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    processes = []
+    for rank in range(2):
+        arguments = [str(directory), str(rank), "2", str(port), partition, then]
+        command = [sys.executable, "-m", "tests.sharding.process", *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        processes.append(process)
+    try:
+        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
+
+
+def said_by(text: str) -> dict:
+    return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+
+
+@pytest.mark.parametrize("partition", ["no-comm", "slora"])
+def test_same_tokens(directory, partition):
+    (code, leader), (followers_code, follower) = run(directory, partition)
+    assert (code, followers_code) == (0, 0), leader + follower
+    found = said_by(leader)
+    assert found["tokens"] == serve(Engine(directory / "model", **options()), directory)
+    assert found["zero"]
+    assert "/nowhere" in found["refusal"]
+    assert follower.rstrip().endswith("ended")
+
+
+def test_a_lost_process_is_noticed(directory):
+    (_, leader), (code, _) = run(directory, "no-comm", "lose")
+    assert code == -9
+    assert re.search(r"gone|dead|reset|closed|failed", said_by(leader)["error"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host:1", 2, None), r"give process_id \(or JAX_PROCESS_ID\) too"),
+        (("host", 2, 0), "give host:port of process 0"),
+        (("host:1", 0, 0), "num_processes must be at least 1"),
+        (("host:1", 2, 2), "process_id must be from 0 to 1"),
+    ],
+)
+def test_refusals(given, message):
+    with pytest.raises(ValueError, match=message):
+        Cluster.of(*given)
+
+
+def test_from_the_environment(monkeypatch):
+    assert Cluster.of() is None
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="process_id"):
+        Cluster.of()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert Cluster.of() == Cluster("host:1", 2, 1)
+    assert Cluster.of(process_id=0) == Cluster("host:1", 2, 0)
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID is 'one', no number"):
+        Cluster.of()
+
+
+def test_process_0_leads():
+    with pytest.raises(ValueError, match="process 0 leads"):
+        Follower(BASE_MODEL)
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_flags(command, capsys):
+    extra = [] if command == "serve" else ["--input", "-", "--output", "-", "--model", "x"]
+    assert main([command, *extra, "--num-processes", "2"]) == 2
+    assert "give coordinator_address" in capsys.readouterr().err
+
+
+def test_several_processes_are_not_restarted(capsys):
+    cluster = ["--coordinator-address", "127.0.0.1:1", "--num-processes", "2", "--process-id", "0"]
+    assert main(["serve", "--restart", *cluster]) == 2
+    assert "--restart can't start the other processes again" in capsys.readouterr().err
