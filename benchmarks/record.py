@@ -22,10 +22,12 @@ class Recorder:
 
     Args:
         file: where to; None: to standard output only.
+        quiet: nowhere at all: another process of the same benchmark records.
     """
 
-    def __init__(self, file: Path | None):
+    def __init__(self, file: Path | None, *, quiet: bool = False):
         self._file = file
+        self._quiet = quiet
         self._circumstances = {
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
@@ -58,6 +60,8 @@ class Recorder:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         text = json.dumps(line)
+        if self._quiet:
+            return
         print(text, flush=True)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,9 @@ noise, and requests and adapters are entered in the tables as if they had been s
 measured a second time with the collectives left out (`silent`): what that saves is communication.
 `limit_ms` is what weights, keys and values and adapters take that a device holds, at the ceilings
 measured on the first one. Rows that a device has no memory for are left out, and it is said which.
+
+By default one process drives all devices. Several can, each its own, as `slora serve` does: the
+same command for each, with the variables that `slora_jax.cluster` names.
 """
 
 import argparse
@@ -34,8 +37,10 @@ from benchmarks.record import Recorder, say
 from benchmarks.shapes import MODELS
 from benchmarks.synthetic import MODULES
 from pallas_kernels.layout import ceil_div
+from sharding.specs import REPLICATED
 from slora_jax.adapters.pack import PackedAdapter, pack
 from slora_jax.adapters.peft import Adapter, LoraPair
+from slora_jax.cluster import Cluster
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import FROM_DEVICE
 from slora_jax.engine import programs
@@ -48,7 +53,7 @@ from slora_jax.model.weights import LlamaWeights
 
 ADAPTERS = 64  # distinct ones, where the batch is as large
 SPARE = 0.04  # of the memory, for what a step takes beside weights and pool
-WARM_STEPS, STEPS = 5, 30
+WARM_STEPS, STEPS = 10, 60
 
 
 class Row(NamedTuple):
@@ -108,7 +113,8 @@ class Bench:
                 self.weights, *self.runner.state, packed, shape=shape
             ).compile()
 
-        with ThreadPoolExecutor(8) as threads:
+        # Several processes tune matmuls together, so they compile in the same order.
+        with ThreadPoolExecutor(8 if jax.process_count() == 1 else 1) as threads:
             list(threads.map(one, shapes))
 
     def command(self, row: Row) -> StepCommand:
@@ -149,10 +155,10 @@ class Bench:
         options, state = self.setup.options, self.runner.state
         columns = ceil_div(row.context + 1, options.page_size)
         pages = np.arange(1, options.num_pages, dtype=np.int32)
-        table = np.zeros(state.page_table.shape, np.int32)
-        table[: row.batch, :columns] = pages[: row.batch * columns].reshape(row.batch, columns)
-        everywhere = self.setup.placement.sharding()
-        state = state._replace(page_table=jax.device_put(table, everywhere))
+        lines = np.zeros(state.page_table.shape, np.int32)
+        lines[: row.batch, :columns] = pages[: row.batch * columns].reshape(row.batch, columns)
+        table = self.setup.placement.put(lambda _: lines, lines.shape, REPLICATED)
+        state = state._replace(page_table=table)
         free = pages[row.batch * columns :]
         for slot in range(row.adapters):
             packed = self._packed[row.rank]
@@ -177,7 +183,7 @@ class Bench:
                 ends.append(time.perf_counter())
             previous = result
         jax.block_until_ready(previous)
-        us = 1e6 * np.diff(ends[WARM_STEPS:])
+        us = 1e6 * np.diff(np.asarray(ends[WARM_STEPS:]))
         low, middle, high = np.quantile(us, (0.1, 0.5, 0.9)).tolist()
         return Timing(middle, low, high), statistics.median(dispatches[WARM_STEPS:])
 
@@ -243,7 +249,8 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace):
         self._args = args
         self._config: ModelConfig = MODELS[args.shape]
-        self._recorder = Recorder(args.results)
+        leads = jax.process_index() == 0
+        self._recorder = Recorder(args.results if leads else None, quiet=not leads)
         self._limits: Ceilings = self._recorder.ceilings(small=args.shape == "tiny")
 
     def run(self) -> None:
@@ -257,7 +264,7 @@ class Benchmark:
                     weights = jax.block_until_ready(dummy_weights(*how))
                     say(f"weights on {devices} in {time.perf_counter() - start:.1f} s")
                 rows = list(self._rows(with_base=partition == self._args.partitions[0]))
-                self._measure(weights, setup, rows, silence=devices > 1)
+                self._measure(weights, setup, rows, silence=devices > 1 and not self._args.audible)
 
     def _setup(self, devices: int, partition: str) -> Setup:
         options: dict[str, Any] = {
@@ -306,6 +313,7 @@ class Benchmark:
             dtype=setup.options.dtype,
             backend=setup.backend,
             devices=setup.model.size,
+            processes=jax.process_count(),
             partition=setup.model.partition,
             silent=silent,
             batch=row.batch,
@@ -340,8 +348,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME,…",
         help="no-comm, slora",
     )
+    parser.add_argument("--audible", action="store_true", help="leave the silent rows out")
     parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
-    Benchmark(parser.parse_args(argv)).run()
+    args = parser.parse_args(argv)
+    cluster = Cluster.of()
+    if cluster is not None:
+        cluster.join()
+    Benchmark(args).run()
     return 0
 
 

@@ -265,7 +265,15 @@ def remember(
     return last_token.at[slot].set(tokens, mode="drop")
 
 
-greedy = jax.jit(sampler.greedy)
+@partial(jax.jit, donate_argnames="last_token")
+def greedy(
+    logits: Float[Array, "B V"], last_token: Int[Array, " slots"], slot: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Int[Array, " slots"]]:
+    """The likeliest tokens, and `remember` of them: one dispatch less for the commonest step."""
+    tokens = sampler.greedy(logits)
+    return tokens, last_token.at[slot].set(tokens, mode="drop")
+
+
 sample = jax.jit(sampler.sample)
 penalize = jax.jit(sampler.penalize)
 ban = jax.jit(sampler.ban)

@@ -208,15 +208,16 @@ class ModelRunner:
                 logits = programs.penalize(logits, self._counts, choice.slot, choice.penalties)
         if choice.banned is not None:
             logits = programs.ban(logits, choice.banned)
+        last_token = self.state.last_token
         if choice.sampling is None:
-            tokens = programs.greedy(logits)
+            tokens, last_token = programs.greedy(logits, last_token, choice.slot)
         else:
             with self._announced(f"sampler of {bucket} rows"):
                 tokens = programs.sample(logits, choice.sampling)
+            last_token = programs.remember(last_token, choice.slot, tokens)
         if choice.penalties is not None:
             assert self._counts is not None
             self._counts = programs.count(self._counts, choice.slot, tokens)
-        last_token = programs.remember(self.state.last_token, choice.slot, tokens)
         self.state = self.state._replace(last_token=last_token)
         return tokens
 
