@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The devices of one copy of the model, and where arrays lie on them."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ def tensor_mesh(size: int, devices: Sequence[Any] | None = None) -> Mesh:
             f"tensor_parallel_size is {size}, but {len(devices)} devices of "
             f"{jax.process_count()} processes take part: set it to {len(devices)}"
         )
+    if size > 1:
+        # By default NCCL connects GPUs when a message of a new kind first needs it, which waits for
+        # what runs on them. XLA's all-reduces do, for each other. A benchmark on two H200s hung
+        # once, when sizes changed; this is the likely reason. Now all is connected at the start.
+        os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
     return Mesh(np.asarray(devices[:size]), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
