@@ -68,12 +68,12 @@ class Recorder:
             with self._file.open("a") as file:
                 file.write(text + "\n")
 
-    def ceilings(self, *, small: bool = False) -> Ceilings:
+    def ceilings(self, *, small: bool = False, **fields: Any) -> Ceilings:
         """Measures and records what the device can do at best; `small`: to try it on a CPU."""
         say("what the device can do at best")
         found, parts = ceilings(rows=16, side=64) if small else ceilings()
         for name, (timing, work) in parts.items():
-            self.add("ceiling", timing, work, None, case=name)
+            self.add("ceiling", timing, work, None, case=name, **fields)
         return found
 
 

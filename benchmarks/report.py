@@ -8,16 +8,21 @@ Of results of the same thing on the same device, the latest counts.
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from benchmarks import report_tensor_parallel as tensor_parallel
+from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PLOT = "docs/benchmarks.svg"
 CURVE = "docs/adapters.svg"
+DEVICES = "docs/tensor_parallel.svg"
+DEVICES_PAGE = ROOT / "docs" / "tensor_parallel.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 type Line = dict[str, Any]
@@ -27,6 +32,7 @@ _IDENTITY = (
     "device", "benchmark", "case", "model", "backend",
     "shape", "dtype", "batch", "prompt", "output", "adapters", "rank",
     "adapters_of", "arrivals_are", "fit", "streams",
+    "devices", "processes", "partition", "silent", "context", "beside",
 )  # fmt: skip
 
 
@@ -47,17 +53,23 @@ def report(lines: Sequence[Line]) -> str:
     for device in dict.fromkeys(line["device"] for line in lines):
         own = [line for line in lines if line["device"] == device]
         parts += [_heading(device, own), _steps(own), _kernels(own), _loads(own), _curve(own)]
-        parts.append(_serving(own))
+        parts += [_serving(own), tensor_parallel.summary(own)]
     if any(map(_is_plotted, lines)):
         parts.append(f"![Time at the limit over time measured, of every kernel]({PLOT})")
     if any(line["benchmark"] == "adapters_curve" for line in lines):
         parts.append(f"![Tokens a second and time to the first token, by adapters]({CURVE})")
+    if any(map(tensor_parallel.is_plotted, lines)):
+        parts.append(f"![Decode steps on one device and on two, with communication]({DEVICES})")
     return "\n\n".join(part for part in parts if part)
 
 
 def _heading(device: str, lines: Sequence[Line]) -> str:
     """Where it was measured, and what the device can do at best."""
-    best = {line["case"]: line for line in lines if line["benchmark"] == "ceiling"}
+    best = {
+        line["case"]: line
+        for line in lines
+        if line["benchmark"] == "ceiling" and not line.get("beside")
+    }
     jax_versions = ", ".join(sorted({line["jax"] for line in lines}))
     commits = ", ".join(dict.fromkeys(f"`{line['commit']}`" for line in lines))
     text = f"Measured on one {device} with JAX {jax_versions}, at {commits}."
@@ -87,7 +99,7 @@ def _steps(lines: Sequence[Line]) -> str:
         if line["benchmark"] == "decode"
     ]
     heads = ("Decode step", "requests, tokens", "adapters", "ms", "limit", "of limit", "tokens/s")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _adapters(line: Line) -> str:
@@ -115,7 +127,7 @@ def _kernels(lines: Sequence[Line]) -> str:
                 ]
             )
     heads = ("Kernel", "", "µs", "limit", "of limit", "XLA, µs", "of the base's matmul")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _loads(lines: Sequence[Line]) -> str:
@@ -147,7 +159,7 @@ def _loads(lines: Sequence[Line]) -> str:
         "first token, ms",
         "copy, ms",
     )
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _curve(lines: Sequence[Line]) -> str:
@@ -165,7 +177,7 @@ def _curve(lines: Sequence[Line]) -> str:
         if line["benchmark"] == "adapters_curve"
     ]
     heads = ("Adapters", "loads, of requests", "tokens/s", "step, ms", "first token, ms", "p99")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _serving(lines: Sequence[Line]) -> str:
@@ -185,7 +197,7 @@ def _serving(lines: Sequence[Line]) -> str:
         for how, key in (("without HTTP", "_offline"), ("streams over HTTP", ""))
     ]
     heads = ("Serving", "", "per token, ms", "p99", "first token, ms", "tokens/s")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _case(line: Line) -> tuple:
@@ -196,15 +208,9 @@ def _percent(line: Line) -> str:
     return f"{100 * line['ratio']:.0f} %"
 
 
-def _table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [list(heads), ["---"] * len(rows[0]), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _is_plotted(line: Line) -> bool:
-    return bool(line["benchmark"] != "decode" and line.get("backend") == "mosaic")
+    steps = ("decode", tensor_parallel.NAME)
+    return bool(line["benchmark"] not in steps and line.get("backend") == "mosaic")
 
 
 def plot(lines: Sequence[Line]) -> str:
@@ -283,22 +289,24 @@ def plot_curve(lines: Sequence[Line]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def updated(readme: str, lines: Sequence[Line]) -> str:
-    """The README with the report between its markers."""
-    before, rest = readme.split(START)
+def updated(page: str, text: str) -> str:
+    """A page with something else between its markers."""
+    before, rest = page.split(START)
     _, after = rest.split(END)
-    text = report(lines)
     return f"{before}{START}\n{text}\n{END}{after}" if text else f"{before}{START}\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
     lines = read_results()
-    README.write_text(updated(README.read_text(), lines))
+    README.write_text(updated(README.read_text(), report(lines)))
+    DEVICES_PAGE.write_text(updated(DEVICES_PAGE.read_text(), tensor_parallel.full(lines)))
     if any(map(_is_plotted, lines)):
         (ROOT / PLOT).write_text(plot(lines))
     if any(line["benchmark"] == "adapters_curve" for line in lines):
         (ROOT / CURVE).write_text(plot_curve(lines))
+    if any(map(tensor_parallel.is_plotted, lines)):
+        (ROOT / DEVICES).write_text(tensor_parallel.plot(lines))
     return 0
 
 

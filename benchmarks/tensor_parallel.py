@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +174,9 @@ class Bench:
         """Of a step, and in seconds what the host took to dispatch it."""
         runner, command = self.runner, self.command(row)
         runner.shape = replace(runner.shape, silent=silent)
-        ends, dispatches, previous = [], [], None
+        ends: list[float] = []
+        dispatches: list[float] = []
+        previous = None
         for _ in range(WARM_STEPS + STEPS):
             start = time.perf_counter()
             result = runner.execute(command)
@@ -183,7 +186,7 @@ class Bench:
                 ends.append(time.perf_counter())
             previous = result
         jax.block_until_ready(previous)
-        us = 1e6 * np.diff(np.asarray(ends[WARM_STEPS:]))
+        us = [1e6 * (end - start) for start, end in pairwise(ends[WARM_STEPS:])]
         low, middle, high = np.quantile(us, (0.1, 0.5, 0.9)).tolist()
         return Timing(middle, low, high), statistics.median(dispatches[WARM_STEPS:])
 
@@ -251,7 +254,9 @@ class Benchmark:
         self._config: ModelConfig = MODELS[args.shape]
         leads = jax.process_index() == 0
         self._recorder = Recorder(args.results if leads else None, quiet=not leads)
-        self._limits: Ceilings = self._recorder.ceilings(small=args.shape == "tiny")
+        self._limits: Ceilings = self._recorder.ceilings(
+            small=args.shape == "tiny", beside="tensor_parallel"
+        )
 
     def run(self) -> None:
         for devices in self._args.devices:

@@ -4,8 +4,11 @@
 import json
 from xml.etree import ElementTree
 
+from benchmarks import report_tensor_parallel as tensor_parallel
 from benchmarks.report import (
     CURVE,
+    DEVICES,
+    DEVICES_PAGE,
     PLOT,
     README,
     ROOT,
@@ -48,7 +51,13 @@ STEP = {
 
 def test_the_readme_says_what_was_measured():
     readme = README.read_text()
-    assert updated(readme, read_results()) == readme, "run: python -m benchmarks.report"
+    assert updated(readme, report(read_results())) == readme, "run: python -m benchmarks.report"
+
+
+def test_the_page_on_tensor_parallelism_says_what_was_measured():
+    page, lines = DEVICES_PAGE.read_text(), read_results()
+    assert updated(page, tensor_parallel.full(lines)) == page, "run: python -m benchmarks.report"
+    assert (ROOT / DEVICES).read_text() == tensor_parallel.plot(lines)
 
 
 def test_the_picture_shows_what_was_measured():
@@ -148,3 +157,47 @@ def test_the_picture_is_well_formed():
     picture = ElementTree.fromstring(plot([DECODE, STEP]))
     bars = [e for e in picture if e.tag.endswith("rect") and len(e)]
     assert [bar.get("width") for bar in bars] == ["300"]
+
+
+def sharded(devices: int, ms: float, rank: int = 0, **fields) -> dict:
+    return {
+        **WHERE,
+        "benchmark": "tensor_parallel",
+        "shape": "llama-2-7b",
+        "processes": 1,
+        "devices": devices,
+        "partition": "no-comm",
+        "silent": False,
+        "batch": 64,
+        "context": 2048,
+        "adapters": 64 if rank else 0,
+        "rank": rank,
+        "step_ms": ms,
+        "dispatch_ms": 3.0,
+        **fields,
+    }
+
+
+SHARDED = [
+    sharded(1, 18.0),
+    sharded(2, 10.0),
+    sharded(2, 9.0, silent=True),
+    sharded(1, 20.0, 16),
+    sharded(2, 12.5, 16),
+    sharded(2, 11.5, 16, silent=True),
+    sharded(2, 14.0, 16, partition="slora"),
+    sharded(2, 11.0, 16, processes=2),
+]
+
+
+def test_tables_of_several_devices():
+    text = report(SHARDED)
+    assert "| 64, 2048 | none | 18.00 | 10.00 | 1.80 | 10 % |  |  | 3.0 |" in text
+    assert "| 64, 2048 | 64 of rank 16 | 20.00 | 12.50 | 1.60 | 8 % | 20 % | 14.00 | 3.0 |" in text
+    assert "| 64, 2048 | 64 of rank 16 | 11.00 | 3.0 |" in tensor_parallel.full(SHARDED)
+
+
+def test_the_picture_of_several_devices_is_well_formed():
+    picture = ElementTree.fromstring(tensor_parallel.plot(SHARDED))
+    widths = [e.get("width") for e in picture if e.get("height") == "12" and e.get("y") != "8"]
+    assert widths == ["396", "198", "22", "440", "253", "22"]
