@@ -156,9 +156,9 @@ class Bench:
         options, state = self.setup.options, self.runner.state
         columns = ceil_div(row.context + 1, options.page_size)
         pages = np.arange(1, options.num_pages, dtype=np.int32)
-        lines = np.zeros(state.page_table.shape, np.int32)
-        lines[: row.batch, :columns] = pages[: row.batch * columns].reshape(row.batch, columns)
-        table = self.setup.placement.put(lambda _: lines, lines.shape, REPLICATED)
+        each = np.zeros(state.page_table.shape, np.int32)
+        each[: row.batch, :columns] = pages[: row.batch * columns].reshape(row.batch, columns)
+        table = self.setup.placement.put(lambda _: each, each.shape, REPLICATED)
         state = state._replace(page_table=table)
         free = pages[row.batch * columns :]
         for slot in range(row.adapters):

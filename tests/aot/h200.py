@@ -7,6 +7,7 @@ are. Not for speed: nothing is autotuned without a card. Needs the wheels of the
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -52,6 +53,23 @@ def compile_for_h200(jitted, *args, **statics) -> jax.stages.Compiled:
     abstract = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
     with use_abstract_mesh(abstract):
         return jitted.trace(*shapes, **statics).lower().compile()
+
+
+def two_h200s() -> Mesh:
+    """A mesh of two, for `tensor_mesh`'s place."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology="1x2x1", target_config=TARGET
+    )
+    return Mesh(np.array(topology.devices), ("tensor",), axis_types=(AxisType.Auto,))
+
+
+def compile_for_two(jitted, *args, shape, **statics) -> jax.stages.Compiled:
+    """The executable of a step, whose arguments say where they lie, for two H200s; never run."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    abstract = AbstractMesh((2,), ("tensor",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with use_abstract_mesh(abstract):
+        shape = replace(shape, mesh=abstract)  # `shard_map` wants the very same
+        return jitted.trace(*args, shape=shape, **statics).lower().compile()
 
 
 def kernels_in(compiled: jax.stages.Compiled) -> list[str]:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from slora_jax.engine import programs
-from tests.aot.h200 import NEEDS_WHEELS, compile_for_h200, kernels_in, spilled
+from tests.aot.h200 import (
+    NEEDS_WHEELS,
+    compile_for_h200,
+    compile_for_two,
+    kernels_in,
+    spilled,
+    two_h200s,
+)
 from tests.engine.shapes import LLAMA_2_7B_4_LAYERS, step_shapes
 
 PAGES = 8192  # 8 GiB: 4 layers of 256 KiB pages
@@ -84,3 +91,30 @@ def test_install_aliases_the_pool():
     size = pool.size * pool.dtype.itemsize
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size // 8
+
+
+@pytest.mark.parametrize(
+    ("partition", "reduces", "gathers"), [("no-comm", 2, 0), ("slora", 2 + 2, 2)]
+)
+def test_step_on_two(partition, reduces, gathers):
+    """Each device's part of the pool is updated in place; collectives are the partition's own."""
+    args, shape = step_shapes(
+        LLAMA_2_7B_4_LAYERS,
+        pages=PAGES,
+        rows=ROWS,
+        tokens=ROWS,
+        lora_mode="layers",
+        dtype=jnp.bfloat16,
+        backend="mosaic",
+        devices=2,
+        partition=partition,
+        mesh=two_h200s(),
+    )
+    compiled = compile_for_two(programs.model_step, *args, shape=shape)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory.alias_size_in_bytes >= args[1].size * args[1].dtype.itemsize // 2
+    assert memory.temp_size_in_bytes < 64 << 20
+    of_layer = 6 + (4 if partition == "no-comm" else 4 * 2)
+    assert len(kernels_in(compiled)) == LAYERS * of_layer + 1
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1 + LAYERS * reduces
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 1 + LAYERS * gathers

@@ -23,6 +23,19 @@ def test_step_on_cpu(tokens, lora_mode):
     assert memory.temp_size_in_bytes < pool // 8
 
 
+@pytest.mark.parametrize("partition", ["no-comm", "slora"])
+def test_step_on_two_devices(partition):
+    """Each device updates its own part of the pool where it lies."""
+    args, shape = step_shapes(
+        TINY, pages=PAGES, rows=4, tokens=4, lora_mode="all", dtype=jnp.float32,
+        devices=2, partition=partition,
+    )  # fmt: skip
+    memory = programs.model_step.trace(*args, shape=shape).lower().compile().memory_analysis()
+    part = args[1].size * args[1].dtype.itemsize // 2
+    assert memory.alias_size_in_bytes >= part
+    assert memory.temp_size_in_bytes < part // 8
+
+
 def test_install_on_cpu():
     (_, pool, *_), shape = step_shapes(
         TINY, pages=PAGES, rows=4, tokens=4, lora_mode="none", dtype=jnp.float32
