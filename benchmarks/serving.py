@@ -84,6 +84,12 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check_pieces(http: Served) -> None:
+    """Refuses what says nothing: a stream that came in one piece took no time per token."""
+    if not all(http.per_token):
+        raise RuntimeError("a stream came in one piece: ask for more tokens with --output")
+
+
 # Without HTTP
 
 
@@ -224,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone = Served(**json.loads(done.stdout.splitlines()[-1]))
         say("over HTTP")
         http = over_http(args, directory)
+    check_pieces(http)
     _record(args, alone, http)
     return 0
 

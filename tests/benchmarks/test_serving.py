@@ -3,10 +3,13 @@
 
 import json
 
+import pytest
+
 from benchmarks import serving
 from benchmarks.report import report
 
-ARGUMENTS = "--shape tiny --batch 4 --streams 6 --prompt 8 --output 64 --adapters 2 --rank 8"
+# Streams long enough to come in several pieces on a busy machine.
+ARGUMENTS = "--shape tiny --batch 2 --streams 4 --prompt 8 --output 192 --adapters 2 --rank 8"
 
 
 def test_served_takes_times_between_a_requests_own_tokens():
@@ -26,5 +29,11 @@ def test_both_ways(capfd, tmp_path):
         assert line[name] > 0
         assert line[f"{name}_offline"] > 0
     assert line["ratio"] == round(line["limit_us"] / line["us"], 3)
-    requests = "tiny, 4 at a time, 6 requests of 8 + 64, 2 of rank 8"
+    requests = "tiny, 2 at a time, 4 requests of 8 + 192, 2 of rank 8"
     assert f"| {requests} | without HTTP |" in report([line])
+
+
+def test_streams_that_came_in_one_piece_have_no_time_per_token():
+    with pytest.raises(RuntimeError, match="--output"):
+        serving.check_pieces(serving.served(0.0, [[1.0], [1.0, 2.0]], tokens=8))
+    serving.check_pieces(serving.served(0.0, [[1.0, 1.5], [1.0, 2.0]], tokens=8))
