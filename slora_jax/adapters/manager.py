@@ -58,9 +58,9 @@ class Rescan:
 class AdapterManager[S: Staged]:
     """All adapters of an engine, on disk, in host memory and in the pool.
 
-    `load`, `load_all`, `rescan`, `pin`, `unpin` and `unload` may be called by any thread. They read
-    files and copy without holding the lock, so that no step waits for them. All else is called by
-    who holds it.
+    `load`, `add`, `load_all`, `rescan`, `pin`, `unpin` and `unload` may be called by any thread.
+    They read files and copy without holding the lock, so that no step waits for them. All else is
+    called by who holds it.
 
     Args:
         lock: the engine's.
@@ -111,13 +111,14 @@ class AdapterManager[S: Staged]:
     ) -> None:
         """See `Engine.load_adapter`."""
 
-        def check() -> None:
-            if not replace or not name:
-                self.store.check_free(name)
-
         with self._lock:
-            check()
-        adapter = self._read(path, name)
+            self._check_name(name, replace)
+        self.add(name, self._read(path, name), replace=replace, pinned=pinned)
+
+    def add(
+        self, name: str, adapter: HostAdapter, *, replace: bool = False, pinned: bool = False
+    ) -> None:
+        """The same for an adapter that has been read already."""
         self._check_budget(name, adapter)
         with self._lock:
             version = self.store.adopt(adapter)
@@ -125,7 +126,7 @@ class AdapterManager[S: Staged]:
             with self._staging if pinned else nullcontext():
                 staged = self._stage(version, adapter) if pinned else None
                 with self._lock:
-                    check()  # another thread may have been faster
+                    self._check_name(name, replace)  # another thread may have been faster
                     if pinned:
                         self._enter(version, staged)
                     before = self.store[name].version if name in self.store else None
@@ -262,6 +263,10 @@ class AdapterManager[S: Staged]:
         if version.id in self.cache:
             self.cache.evict(version.id)
         self.loader.drop(version.id)
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not replace or not name:
+            self.store.check_free(name)
 
     def _check_budget(self, name: str, adapter: HostAdapter) -> None:
         if adapter.nbytes > self.host.max_bytes:

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""S-LoRA's synthetic workload through the engine, in real time.
+
+python -m benchmarks.trace --setting S1 --adapters 0,5,100,1000,2000 --rate 60 --duration 60 \
+    --results benchmarks/results/trace.jsonl
+
+Requests come for `duration` seconds, whether or not the engine keeps up, and the run ends then,
+with --drain when the last one has ended. Greedy, `ignore_eos`, random token ids, no prefix cache.
+Names share host memory (`host_copies`), pages in the pool are each adapter's own.
+
+`limit_us` is what an output token of the steady window takes at best: in each of its steps the
+weights, in bytes or in FLOPs, and then keys, values and adapters in bytes, at the ceilings measured
+in the same run.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.engine_load import PAGE_SIZE, Compilations
+from benchmarks.measure import Ceilings, Timing, Work
+from benchmarks.record import Recorder, say
+from benchmarks.settings import SETTINGS, add_workload_arguments, arrivals_of
+from benchmarks.shared_adapters import load_shared, name_of
+from benchmarks.synthetic import adapter_elems, write_model
+from benchmarks.trace_figures import RequestTimes, figures
+from slora_jax import Engine, SamplingParams
+from slora_jax.config import LAYER_MODULES, ModelConfig
+from slora_jax.pool.allocator import PageUse
+from slora_jax.scheduling.cost_model import CostModel, StepLoad
+from slora_jax.simulator.workloads import Arrival
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a run: when it ended, what it had to do, and what the pool held then."""
+
+    end: float
+    load: StepLoad
+    running: int
+    kv_pages: int
+    adapter_pages: int
+
+
+class StepLog(CostModel):
+    """In the place of an engine's cost model, which goes on learning: remembers every step."""
+
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self._engine = engine
+        self._learning = engine.cost_model  # the policy predicts with this one
+        self.steps: list[Step] = []
+        self.start = 0.0
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        self._learning.observe(load, seconds)
+        pool, now = self._engine.pool, time.perf_counter() - self.start
+        kv, adapters = pool.num_used(PageUse.KV), pool.num_used(PageUse.ADAPTER)
+        self.steps.append(Step(now, load, len(self._engine.scheduler.running), kv, adapters))
+
+    def restart(self) -> None:
+        self.steps = []
+        self.start = time.perf_counter()
+
+
+def least_seconds(
+    config: ModelConfig, steps: Sequence[Step], item: int, ceilings: Ceilings
+) -> float:
+    """What steps take at best: weights in bytes or FLOPs, then keys, values and adapters."""
+    of_layer = sum(math.prod(config.projection_shape(module)) for module in LAYER_MODULES)
+    weights = config.num_hidden_layers * of_layer + math.prod(config.projection_shape("lm_head"))
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    rank = adapter_elems(config, 1)
+    seconds = 0.0
+    for step in steps:
+        base = Work(weights * item, 2 * weights * step.load.tokens)
+        beside = (kv * step.load.context + rank * step.load.rank_sum) * item
+        seconds += 1e-6 * ceilings.limit_us(base) + beside / ceilings.bandwidth
+    return seconds
+
+
+class TraceServer:
+    """One engine for a setting, and traces that are run on it.
+
+    Args:
+        args: of `add_workload_arguments` and `add_engine_arguments`.
+        directory: an empty one.
+        adapters: most that a trace asks for.
+        ranks: of the adapters; None: the setting's.
+        **options: of `EngineConfig`, instead of those that the arguments lead to.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        directory: Path,
+        *,
+        adapters: int,
+        ranks: Sequence[int] | None = None,
+        **options: Any,
+    ):
+        setting = SETTINGS[args.setting]
+        self._args = args
+        self._config = setting.config
+        say("starting the engine")
+        start = time.perf_counter()
+        chosen = {
+            "load_format": "dummy",
+            "page_size": PAGE_SIZE,
+            "num_pages": args.pages,
+            "max_model_len": 2 * setting.longest,
+            "max_num_seqs": args.batch,
+            "max_num_batched_tokens": args.step_tokens,
+            "decode_batch_sizes": (args.batch,),
+            "max_loras": max(adapters + len(setting.ranks), 1),
+            "max_lora_rank": max(ranks or setting.ranks),
+        }
+        self.engine = Engine(write_model(directory / "model", self._config), **(chosen | options))
+        jax.block_until_ready(self.engine.runner.state)
+        say(f"started in {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
+        self.host_copies = load_shared(
+            self.engine, directory / "adapters", count=adapters, ranks=ranks or setting.ranks
+        )
+        say(f"{adapters} adapters in {time.perf_counter() - start:.1f} s")
+        self._log = StepLog(self.engine)
+        self.engine.cost_model = self._log
+        self._warmed: set[bool] = set()
+
+    def warm_up(self, lora: bool) -> None:
+        """Compiles all steps that a trace takes, with or without adapters."""
+        if lora in self._warmed:
+            return
+        self._warmed.add(lora)
+        engine, longest = self.engine, 2 * SETTINGS[self._args.setting].longest - 2
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        adapter = name_of(0) if lora else None
+        buckets = engine.runner.buckets
+        loads = [[1] * rows for rows in buckets.decode_sizes]
+        for tokens in buckets.mixed_sizes:
+            whole, rest = divmod(tokens, longest)
+            loads.append([longest] * whole + [rest] * bool(rest))
+        with Compilations():
+            for lengths in loads:
+                prompts = [[0] * length for length in lengths]
+                engine.generate(prompts, params, adapters=adapter)
+
+    def run(self, arrivals: Sequence[Arrival], *, drain: bool = False) -> tuple[dict, list[Step]]:
+        """Serves a trace; its figures, and the steps of its steady window."""
+        self.warm_up(any(one.adapter is not None for one in arrivals))
+        engine, clock = self.engine, time.perf_counter
+        rng = np.random.default_rng(self._args.seed)
+        vocab = engine.config.vocab_size
+        prompts = [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
+        cache, scheduler = engine.adapters.cache, engine.scheduler
+        counters = cache.num_hits, cache.num_misses, cache.num_evictions, scheduler.num_preemptions
+        served = [RequestTimes(one.time, one.output) for one in arrivals]
+        added: dict[str, tuple[RequestTimes, float]] = {}
+        arrived, arrivals_end = 0, self._args.duration
+        self._log.restart()
+        start = self._log.start
+        while True:
+            now = clock() - start
+            if now >= arrivals_end and not drain:
+                break
+            while arrived < len(arrivals) and arrivals[arrived].time <= now:
+                one = arrivals[arrived]
+                params = SamplingParams(temperature=0, max_tokens=one.output, ignore_eos=True)
+                adapter = None if one.adapter is None else name_of(one.adapter)
+                request_id = engine.add_request(prompts[arrived], params, adapter=adapter)
+                added[request_id] = served[arrived], clock() - start
+                arrived += 1
+            if not engine.has_unfinished:
+                if arrived == len(arrivals):
+                    break
+                time.sleep(min(max(arrivals[arrived].time - now, 0.0), 0.001))
+                continue
+            outputs = engine.step()
+            now = clock() - start
+            for output in outputs:
+                times, came = added[output.request_id]
+                assert output.finish_reason in (None, "length"), output.stop_reason
+                if not times.tokens:
+                    times.admitted = came + (output.queue_seconds or 0.0)
+                times.tokens.append(now)
+        end = clock() - start
+        steps = self._log.steps
+        for request_id in added:
+            engine.abort(request_id)
+        list(engine.stream())
+        engine.check()
+        found = figures(served[:arrived], end, arrivals_end)
+        window = found["steady_from_s"] or 0.0, found["steady_to_s"] or end
+        steady = [step for step in steps if window[0] <= step.end < window[1]]
+        names = ("hits", "loads", "evictions", "preemptions")
+        after = cache.num_hits, cache.num_misses, cache.num_evictions, scheduler.num_preemptions
+        found |= {name: b - a for name, a, b in zip(names, counters, after, strict=True)}
+        return found | _pool_use(steady, engine.pool.capacity), steady
+
+    def least_seconds(self, steps: Sequence[Step], ceilings: Ceilings) -> float:
+        item = jnp.dtype(self.engine.options.dtype).itemsize
+        return least_seconds(self._config, steps, item, ceilings)
+
+
+def _pool_use(steps: Sequence[Step], capacity: int) -> dict[str, Any]:
+    """Means over steps."""
+
+    def mean(values: list[int]) -> float:
+        return round(float(np.mean(values)), 1) if values else 0.0
+
+    return {
+        "steps": len(steps),
+        "pages": capacity,
+        "kv_pages_mean": mean([step.kv_pages for step in steps]),
+        "adapter_pages_mean": mean([step.adapter_pages for step in steps]),
+        "running_mean": mean([step.running for step in steps]),
+        "step_tokens_mean": mean([step.load.tokens for step in steps]),
+        "rank_sum_mean": mean([step.load.rank_sum for step in steps]),
+    }
+
+
+def record(
+    recorder: Recorder,
+    benchmark: str,
+    server: TraceServer,
+    ceilings: Ceilings,
+    args: argparse.Namespace,
+    *,
+    adapters: int,
+    run: int,
+    found: dict[str, Any],
+    steady: Sequence[Step],
+    **fields: Any,
+) -> None:
+    """Adds the line of a run: `us` is the time of an output token in the steady window."""
+    rate = found["out_tok_s_steady"] or found["out_tok_s"]
+    least = server.least_seconds(steady, ceilings)
+    begin, end = found["steady_from_s"] or 0.0, found["steady_to_s"] or found["seconds"]
+    tokens = max(rate * (end - begin), 1.0)
+    us = 1e6 / max(rate, 1e-9)
+    recorder.add(
+        benchmark,
+        Timing(us, us, us),
+        Work(0, 0),
+        1e6 * least / tokens,
+        setting=args.setting,
+        shape=SETTINGS[args.setting].shape,
+        dtype=server.engine.options.dtype,
+        backend=server.engine.options.kernel_backend,
+        batch=args.batch,
+        step_tokens=args.step_tokens,
+        adapters=adapters,
+        ranks=list(SETTINGS[args.setting].ranks),
+        rate=args.rate,
+        duration=args.duration,
+        popularity=args.popularity,
+        alpha=args.alpha,
+        cv=args.cv,
+        lengths=args.lengths,
+        seed=args.seed,
+        host_copies=server.host_copies,
+        run=run,
+        **{**found, **fields},
+    )
+
+
+def counts(text: str) -> list[int]:
+    """The value of `--adapters`."""
+    return [int(part) for part in text.split(",")]
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `TraceServer` reads beside the workload."""
+    parser.add_argument("--batch", type=int, default=256, help="most requests that run")
+    parser.add_argument("--step-tokens", type=int, default=512, help="most tokens of a step")
+    parser.add_argument(
+        "--pages", type=int, help="of the pool; all that there is room for if unset"
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_workload_arguments(parser)
+    parser.add_argument(
+        "--adapters", type=counts, default=[100], metavar="N,…", help="a row each; 0: the base only"
+    )
+    parser.add_argument("--drain", action="store_true", help="serve to the last request")
+    add_engine_arguments(parser)
+    args = parser.parse_args(argv)
+    recorder = Recorder(args.results)
+    ceilings = recorder.ceilings(small=args.setting == "tiny", beside="trace")
+    with tempfile.TemporaryDirectory() as directory:
+        server = TraceServer(args, Path(directory), adapters=max(args.adapters))
+        for run in range(args.repetitions):
+            for adapters in args.adapters:
+                found, steady = server.run(arrivals_of(args, adapters), drain=args.drain)
+                row = {"adapters": adapters, "run": run, "found": found, "steady": steady}
+                record(recorder, "trace", server, ceilings, args, **row, drain=args.drain)
+                say(f"{adapters} adapters: {found['out_tok_s_steady'] or found['out_tok_s']} tok/s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
