@@ -35,6 +35,7 @@ from benchmarks.synthetic import adapter_elems, write_model
 from benchmarks.trace_figures import RequestTimes, figures
 from slora_jax import Engine, SamplingParams
 from slora_jax.config import LAYER_MODULES, ModelConfig
+from slora_jax.core import FinishReason
 from slora_jax.pool.allocator import PageUse
 from slora_jax.scheduling.cost_model import CostModel, StepLoad
 from slora_jax.simulator.workloads import Arrival
@@ -57,12 +58,12 @@ class StepLog(CostModel):
     def __init__(self, engine: Engine):
         super().__init__()
         self._engine = engine
-        self._learning = engine.cost_model  # the policy predicts with this one
+        self.learning = engine.cost_model  # the policy predicts with this one
         self.steps: list[Step] = []
         self.start = 0.0
 
     def observe(self, load: StepLoad, seconds: float) -> None:
-        self._learning.observe(load, seconds)
+        self.learning.observe(load, seconds)
         pool, now = self._engine.pool, time.perf_counter() - self.start
         kv, adapters = pool.num_used(PageUse.KV), pool.num_used(PageUse.ADAPTER)
         self.steps.append(Step(now, load, len(self._engine.scheduler.running), kv, adapters))
@@ -128,13 +129,18 @@ class TraceServer:
         jax.block_until_ready(self.engine.runner.state)
         say(f"started in {time.perf_counter() - start:.1f} s")
         start = time.perf_counter()
+        self.ranks = tuple(ranks or setting.ranks)
         self.host_copies = load_shared(
-            self.engine, directory / "adapters", count=adapters, ranks=ranks or setting.ranks
+            self.engine, directory / "adapters", count=adapters, ranks=self.ranks
         )
         say(f"{adapters} adapters in {time.perf_counter() - start:.1f} s")
-        self._log = StepLog(self.engine)
-        self.engine.cost_model = self._log
+        self.log = StepLog(self.engine)
+        self.engine.cost_model = self.log
         self._warmed: set[bool] = set()
+
+    @property
+    def step_tokens(self) -> int:
+        return self.engine.options.max_num_batched_tokens
 
     def warm_up(self, lora: bool) -> None:
         """Compiles all steps that a trace takes, with or without adapters."""
@@ -166,8 +172,8 @@ class TraceServer:
         served = [RequestTimes(one.time, one.output) for one in arrivals]
         added: dict[str, tuple[RequestTimes, float]] = {}
         arrived, arrivals_end = 0, self._args.duration
-        self._log.restart()
-        start = self._log.start
+        self.log.restart()
+        start = self.log.start
         while True:
             now = clock() - start
             if now >= arrivals_end and not drain:
@@ -188,12 +194,14 @@ class TraceServer:
             now = clock() - start
             for output in outputs:
                 times, came = added[output.request_id]
-                assert output.finish_reason in (None, "length"), output.stop_reason
+                if output.finish_reason is FinishReason.REJECTED:
+                    continue  # turned away by the policy
+                assert output.finish_reason in (None, FinishReason.LENGTH), output.stop_reason
                 if not times.tokens:
                     times.admitted = came + (output.queue_seconds or 0.0)
                 times.tokens.append(now)
         end = clock() - start
-        steps = self._log.steps
+        steps = self.log.steps
         for request_id in added:
             engine.abort(request_id)
         list(engine.stream())
@@ -259,7 +267,7 @@ def record(
         batch=args.batch,
         step_tokens=args.step_tokens,
         adapters=adapters,
-        ranks=list(SETTINGS[args.setting].ranks),
+        ranks=server.ranks,
         rate=args.rate,
         duration=args.duration,
         popularity=args.popularity,

@@ -149,6 +149,10 @@ class AdapterCache:
             self._evict_one()
         return True
 
+    def make_adapter_room(self, pages: int, reserve: int) -> bool:
+        """The same for an adapter's pages, beside `reserve` for others."""
+        return self.make_room(pages + reserve)
+
     def acquire(self, adapter_id: str, reserve: int = 0) -> tuple[Resident, Install | None] | None:
         """Adds a user; makes the adapter resident first if it isn't.
 
@@ -170,7 +174,7 @@ class AdapterCache:
             return resident, None
         wanted = self._pages_of(adapter_id)
         slot_in_sight = self._free_slots or any(r.evictable for r in self._resident.values())
-        if not slot_in_sight or not self.make_room(wanted + reserve):
+        if not slot_in_sight or not self.make_adapter_room(wanted, reserve):
             return None
         if not self._free_slots:
             self._evict_one()

@@ -55,7 +55,7 @@ class Scheduler:
         self.policy = policy or Policy(SchedulingOptions())
         self._clock = clock
         self._pool = pool
-        self._adapters = adapters
+        self.adapters = adapters
         self._page_size = page_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -142,13 +142,13 @@ class Scheduler:
         promised = sum(map(self._missing_pages, self.running))
         if self.running:  # else one that needs the whole pool would wait for ever
             promised += int(policy.options.admission_watermark * self._pool.capacity)
-        room = self._adapters.room
+        room = self.adapters.room
         if promised >= room:
             return  # everybody needs a page
         for request in policy.candidates(self.waiting, self.running, now):
             if request.in_flight:
                 break  # a preempted request's last token may still be on its way
-            if request.adapter_id and not self._adapters.is_available(request.adapter_id):
+            if request.adapter_id and not self.adapters.is_available(request.adapter_id):
                 self._upcoming_changed = True  # or nobody might ever fetch it
                 if len(loading) >= policy.options.prefetch_lookahead:
                     break
@@ -161,7 +161,7 @@ class Scheduler:
                 if not self._grow(request, chunk, plan):
                     raise AssertionError("admission promised pages that are not there")
                 promised += self._missing_pages(request)
-                room = self._adapters.room
+                room = self.adapters.room
                 budget -= chunk
                 plan.add(request, chunk, self._adapter_slot(request))
                 if not (self._free_slots and budget > 0) or any(map(policy.is_starved, passed)):
@@ -178,7 +178,7 @@ class Scheduler:
             line = islice(line, self.policy.options.prefetch_lookahead)
             self._upcoming = tuple(dict.fromkeys(r.adapter_id for r in line if r.adapter_id))
             self._upcoming_changed = False
-        self._adapters.prefetch(self._upcoming)
+        self.adapters.prefetch(self._upcoming)
 
     def _admit(
         self, request: Request, reserve: int, passed: list[Request], plan: "_Draft", now: float
@@ -196,10 +196,10 @@ class Scheduler:
             now: seconds on the clock.
         """
         if request.adapter_id is None:
-            if not self._adapters.make_room(reserve):
+            if not self.adapters.make_room(reserve):
                 return False
         else:
-            acquired = self._adapters.acquire(request.adapter_id, reserve=reserve)
+            acquired = self.adapters.acquire(request.adapter_id, reserve=reserve)
             if acquired is None:
                 return False
             plan.installs += [acquired[1]] if acquired[1] else []
@@ -229,7 +229,7 @@ class Scheduler:
         wanted = -(-(request.num_computed + tokens) // self._page_size) - len(request.pages)
         if wanted == 0:
             return True  # as for nearly all rows
-        while not self._adapters.make_room(wanted):
+        while not self.adapters.make_room(wanted):
             victim = self.running[-1]
             self.preempt(victim)
             if victim is request:
@@ -249,19 +249,19 @@ class Scheduler:
         self._pool.release(request.pages)
         request.pages = []
         if request.adapter_id is not None:
-            self._adapters.release(request.adapter_id)
+            self.adapters.release(request.adapter_id)
 
     def _adapter_slot(self, request: Request) -> int | None:
         one = request.adapter_id
-        return None if one is None else self._adapters.get(one).slot
+        return None if one is None else self.adapters.get(one).slot
 
     def check(self, num_slots: int, num_adapter_slots: int) -> None:
         """Raises AssertionError unless every page, slot and adapter is accounted for."""
         running = self.running
-        residents = self._adapters.residents
+        residents = self.adapters.residents
         self._pool.check((r.pages for r in running), (a.pages for a in residents.values()))
         users = Counter(r.adapter_id for r in running if r.adapter_id is not None)
-        self._adapters.check(dict(users), num_adapter_slots)
+        self.adapters.check(dict(users), num_adapter_slots)
         slots = [r.slot for r in running if r.slot is not None] + self._free_slots
         assert sorted(slots) == list(range(num_slots)), "a slot of the batch is lost or shared"
         for request in running:

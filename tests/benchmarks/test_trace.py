@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import trace
+from benchmarks import ablations, adapters, trace
 from benchmarks.measure import Ceilings
 from benchmarks.settings import ARENA_OUTPUT, ARENA_PROMPT, arrivals_of
 from benchmarks.shapes import TINY
@@ -114,3 +114,46 @@ def test_rows(capfd, tmp_path):
         assert line["limit_us"] > 0
         assert line["ttft_mean_s"] > 0
     assert base["requests"] == many["requests"]
+
+
+def results_of(main, arguments: str, tmp_path) -> list[dict]:
+    file = tmp_path / "results.jsonl"
+    assert main([*arguments.split(), "--results", str(file)]) == 0
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    return [line for line in lines if line["benchmark"] != "ceiling"]
+
+
+def test_growing_numbers_of_adapters(tmp_path):
+    workload = "--rate 20 --duration 1 --adapters 4,0,1"
+    lines = results_of(adapters.main, f"{ENGINE} {workload}", tmp_path)
+    assert [line["adapters"] for line in lines] == [0, 1, 4]
+    base, one, four = lines
+    assert base["of_base"] == 1
+    assert one["of_fewest"] == 1
+    rate = {line["adapters"]: line["out_tok_s_steady"] or line["out_tok_s"] for line in lines}
+    assert four["of_base"] == pytest.approx(rate[4] / rate[0], abs=1e-3)
+    assert four["of_fewest"] == pytest.approx(rate[4] / rate[1], abs=1e-3)
+
+
+def test_ablations(tmp_path):
+    chosen = "unified,split 60 %,no prefetch,abort,base,padded"
+    lines = results_of(
+        lambda given: ablations.main([*given, "--variations", chosen]),
+        f"{ENGINE.replace('96', '160')} --rate 20 --duration 1 --adapters 6",
+        tmp_path,
+    )
+    assert [line["variation"] for line in lines] == chosen.split(",")
+    found = {line["variation"]: line for line in lines}
+    assert found["split 60 %"]["adapter_share"] == 0.6
+    assert found["split 60 %"]["adapter_pages_mean"] <= 0.6 * 159
+    assert found["no prefetch"]["prefetch_lookahead"] == 1
+    assert found["abort"]["scheduling_policy"] == "abort"
+    assert found["base"]["adapters"] == found["base"]["loads"] == 0
+    assert found["padded"]["ranks"] == [16]
+    assert found["unified"]["ranks"] == [16, 8]
+
+
+def test_an_unknown_variation_is_named(capsys):
+    with pytest.raises(SystemExit):
+        ablations.main(["--setting", "tiny", "--variations", "unifed"])
+    assert "no variation 'unifed': there are unified, " in capsys.readouterr().err
