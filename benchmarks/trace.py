@@ -29,10 +29,11 @@ import numpy as np
 from benchmarks.engine_load import PAGE_SIZE, Compilations
 from benchmarks.measure import Ceilings, Timing, Work
 from benchmarks.record import Recorder, say
+from benchmarks.replay import Given, replay
 from benchmarks.settings import SETTINGS, add_workload_arguments, arrivals_of
 from benchmarks.shared_adapters import load_shared, name_of
 from benchmarks.synthetic import adapter_elems, write_model
-from benchmarks.trace_figures import RequestTimes, figures
+from benchmarks.trace_figures import figures
 from slora_jax import Engine, SamplingParams
 from slora_jax.config import LAYER_MODULES, ModelConfig
 from slora_jax.core import FinishReason
@@ -137,6 +138,7 @@ class TraceServer:
         self.log = StepLog(self.engine)
         self.engine.cost_model = self.log
         self._warmed: set[bool] = set()
+        self._prompts: list[list[int]] = []  # of the trace that runs
 
     @property
     def step_tokens(self) -> int:
@@ -163,56 +165,50 @@ class TraceServer:
     def run(self, arrivals: Sequence[Arrival], *, drain: bool = False) -> tuple[dict, list[Step]]:
         """Serves a trace; its figures, and the steps of its steady window."""
         self.warm_up(any(one.adapter is not None for one in arrivals))
-        engine, clock = self.engine, time.perf_counter
+        engine = self.engine
         rng = np.random.default_rng(self._args.seed)
         vocab = engine.config.vocab_size
-        prompts = [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
-        cache, scheduler = engine.adapters.cache, engine.scheduler
-        counters = cache.num_hits, cache.num_misses, cache.num_evictions, scheduler.num_preemptions
-        served = [RequestTimes(one.time, one.output) for one in arrivals]
-        added: dict[str, tuple[RequestTimes, float]] = {}
-        arrived, arrivals_end = 0, self._args.duration
+        self._prompts = [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
+        before, seconds = self._counters(), self._args.duration
         self.log.restart()
-        start = self.log.start
-        while True:
-            now = clock() - start
-            if now >= arrivals_end and not drain:
-                break
-            while arrived < len(arrivals) and arrivals[arrived].time <= now:
-                one = arrivals[arrived]
-                params = SamplingParams(temperature=0, max_tokens=one.output, ignore_eos=True)
-                adapter = None if one.adapter is None else name_of(one.adapter)
-                request_id = engine.add_request(prompts[arrived], params, adapter=adapter)
-                added[request_id] = served[arrived], clock() - start
-                arrived += 1
-            if not engine.has_unfinished:
-                if arrived == len(arrivals):
-                    break
-                time.sleep(min(max(arrivals[arrived].time - now, 0.0), 0.001))
-                continue
-            outputs = engine.step()
-            now = clock() - start
-            for output in outputs:
-                times, came = added[output.request_id]
-                if output.finish_reason is FinishReason.REJECTED:
-                    continue  # turned away by the policy
-                assert output.finish_reason in (None, FinishReason.LENGTH), output.stop_reason
-                if not times.tokens:
-                    times.admitted = came + (output.queue_seconds or 0.0)
-                times.tokens.append(now)
-        end = clock() - start
-        steps = self.log.steps
-        for request_id in added:
-            engine.abort(request_id)
+        served, end = replay(self, arrivals, seconds, drain=drain)
+        found = figures(served, end, seconds)
+        names = ("hits", "loads", "evictions", "preemptions")
+        after = self._counters()
+        found |= {name: b - a for name, a, b in zip(names, before, after, strict=True)}
+        window = found["steady_from_s"] or 0.0, found["steady_to_s"] or end
+        steady = [step for step in self.log.steps if window[0] <= step.end < window[1]]
+        for request in list(engine.scheduler.requests):
+            engine.abort(request.id)
         list(engine.stream())
         engine.check()
-        found = figures(served[:arrived], end, arrivals_end)
-        window = found["steady_from_s"] or 0.0, found["steady_to_s"] or end
-        steady = [step for step in steps if window[0] <= step.end < window[1]]
-        names = ("hits", "loads", "evictions", "preemptions")
-        after = cache.num_hits, cache.num_misses, cache.num_evictions, scheduler.num_preemptions
-        found |= {name: b - a for name, a, b in zip(names, counters, after, strict=True)}
         return found | _pool_use(steady, engine.pool.capacity), steady
+
+    def _counters(self) -> tuple[int, ...]:
+        cache = self.engine.adapters.cache
+        preemptions = self.engine.scheduler.num_preemptions
+        return cache.num_hits, cache.num_misses, cache.num_evictions, preemptions
+
+    # For `replay`
+
+    @property
+    def is_busy(self) -> bool:
+        return self.engine.has_unfinished
+
+    def add(self, number: int, one: Arrival) -> str:
+        params = SamplingParams(temperature=0, max_tokens=one.output, ignore_eos=True)
+        adapter = None if one.adapter is None else name_of(one.adapter)
+        return self.engine.add_request(self._prompts[number], params, adapter=adapter)
+
+    def step(self) -> list[Given]:
+        given = []
+        for output in self.engine.step():
+            if output.finish_reason is FinishReason.REJECTED:
+                continue  # turned away by the policy
+            assert output.finish_reason in (None, FinishReason.LENGTH), output.stop_reason
+            tokens, waited = len(output.new_token_ids), output.queue_seconds or 0.0
+            given.append(Given(output.request_id, tokens, waited))
+        return given
 
     def least_seconds(self, steps: Sequence[Step], ceilings: Ceilings) -> float:
         item = jnp.dtype(self.engine.options.dtype).itemsize
