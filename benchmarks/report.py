@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_tensor_parallel as tensor_parallel
+from benchmarks import report_traces as traces
 from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ README = ROOT / "README.md"
 PLOT = "docs/benchmarks.svg"
 CURVE = "docs/adapters.svg"
 DEVICES = "docs/tensor_parallel.svg"
+TRACES = "docs/traces.svg"
 DEVICES_PAGE = ROOT / "docs" / "tensor_parallel.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
@@ -32,6 +34,8 @@ _IDENTITY = (
     "device", "benchmark", "case", "model", "backend",
     "shape", "dtype", "batch", "prompt", "output", "adapters", "rank",
     "adapters_of", "arrivals_are", "fit", "streams",
+    "setting", "rate", "duration", "popularity", "alpha", "cv", "lengths",
+    "variation", "pages", "run", "step_tokens", "slots",
     "devices", "processes", "partition", "silent", "context", "beside",
 )  # fmt: skip
 
@@ -53,11 +57,13 @@ def report(lines: Sequence[Line]) -> str:
     for device in dict.fromkeys(line["device"] for line in lines):
         own = [line for line in lines if line["device"] == device]
         parts += [_heading(device, own), _steps(own), _kernels(own), _loads(own), _curve(own)]
-        parts += [_serving(own), tensor_parallel.summary(own)]
+        parts += [_serving(own), traces.summary(own), tensor_parallel.summary(own)]
     if any(map(_is_plotted, lines)):
         parts.append(f"![Time at the limit over time measured, of every kernel]({PLOT})")
     if any(line["benchmark"] == "adapters_curve" for line in lines):
         parts.append(f"![Tokens a second and time to the first token, by adapters]({CURVE})")
+    if any(map(traces.is_plotted, lines)):
+        parts.append(f"![Output tokens a second of S-LoRA's traces, by server]({TRACES})")
     if any(map(tensor_parallel.is_plotted, lines)):
         parts.append(f"![Decode steps on one device and on two, with communication]({DEVICES})")
     return "\n\n".join(part for part in parts if part)
@@ -209,8 +215,7 @@ def _percent(line: Line) -> str:
 
 
 def _is_plotted(line: Line) -> bool:
-    steps = ("decode", tensor_parallel.NAME)
-    return bool(line["benchmark"] not in steps and line.get("backend") == "mosaic")
+    return bool(line.get("case") and line.get("backend") == "mosaic")
 
 
 def plot(lines: Sequence[Line]) -> str:
@@ -305,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (ROOT / PLOT).write_text(plot(lines))
     if any(line["benchmark"] == "adapters_curve" for line in lines):
         (ROOT / CURVE).write_text(plot_curve(lines))
+    if any(map(traces.is_plotted, lines)):
+        (ROOT / TRACES).write_text(traces.plot(lines))
     if any(map(tensor_parallel.is_plotted, lines)):
         (ROOT / DEVICES).write_text(tensor_parallel.plot(lines))
     return 0
