@@ -7,7 +7,9 @@ python -m benchmarks.decode --shape llama-2-7b --load dummy --batch 64 --adapter
 All requests come at once; `step_ms` is the median time from one decode step's tokens to the next
 one's while all of them decode, of several runs the median. `limit_ms` is what the weights take, in
 bytes or in FLOPs, and then the keys and values and the adapters in bytes, at the ceilings measured
-in the same run. The environment variable SLORA_BACKEND chooses the kernels.
+in the same run. `launches` are the device's kernels in a step, `device_idle` the share of the time
+in which none ran, both of a few profiled steps. The environment variable SLORA_BACKEND chooses the
+kernels.
 """
 
 import argparse
@@ -21,14 +23,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.engine_load import Compilations, Load, Run, run_load, start_engine
+from benchmarks.device_profile import DeviceUse, device_use
+from benchmarks.engine_load import (
+    TRACED_STEPS,
+    Compilations,
+    Load,
+    Run,
+    run_load,
+    start_engine,
+)
 from benchmarks.measure import Timing, Work
 from benchmarks.record import Recorder, say
 from benchmarks.shapes import MODELS
-from benchmarks.synthetic import adapter_elems, write_adapters
+from benchmarks.shared_adapters import load_shared
+from benchmarks.synthetic import MODULES, adapter_elems
 from slora_jax.config import LAYER_MODULES, ModelConfig
 
 RESIDENT = "resident"
+MODULE_SETS = {"attention": MODULES, "all-linear": LAYER_MODULES}
 
 
 def step_work(config: ModelConfig, load: Load, context: float, item: int) -> tuple[Work, Work]:
@@ -39,11 +51,12 @@ def step_work(config: ModelConfig, load: Load, context: float, item: int) -> tup
     tokens = round(load.batch * context)
     kv = 2 * layers * config.num_key_value_heads * config.head_dim * tokens
     attention = 4 * layers * config.num_attention_heads * config.head_dim * tokens
-    lora = adapter_elems(config, load.rank)
-    distinct = min(load.adapters, load.batch)
-    adapted = 2 * load.batch * lora if load.adapters else 0
+    adapters = [load.rank_of(i % load.adapters) for i in range(load.batch) if load.adapters]
+    rows = sum(adapter_elems(config, rank, load.modules) for rank in adapters)
+    distinct = adapters[: load.adapters]
+    read = sum(adapter_elems(config, rank, load.modules) for rank in distinct)
     base = Work(weights * item, 2 * load.batch * weights)
-    return base, Work((kv + distinct * lora) * item, attention + adapted)
+    return base, Work((kv + read) * item, attention + 2 * rows)
 
 
 class Benchmark:
@@ -69,7 +82,8 @@ class Benchmark:
 
     def _load(self, adapters: int) -> Load:
         args = self._args
-        return Load(args.batch, args.prompt, args.output, adapters, args.rank)
+        modules = MODULE_SETS[args.modules]
+        return Load(args.batch, args.prompt, args.output, adapters, args.rank, modules)
 
     def run(self, row: str) -> None:
         """Measures and records a row: the number of adapters, or `resident`."""
@@ -84,19 +98,24 @@ class Benchmark:
         for _ in range(self._args.repetitions):
             runs.append(run_load(self.engine, load))
             say(f"adapters {row}: {1e3 * statistics.median(runs[-1].steps):.3f} ms a step")
-        if self._args.profile is not None:
-            run_load(self.engine, load, trace=self._args.profile / f"adapters-{row}")
-        self._record(load, runs, compiled.seconds)
+        use = self._profile(row, load)
+        self._record(load, runs, compiled.seconds, use)
+
+    def _profile(self, row: str, load: Load) -> DeviceUse | None:
+        """How busy the device is in some steps; the profiler makes these slower for the host."""
+        where = self._args.profile or self._directory / "profile"
+        run_load(self.engine, load, trace=where / f"adapters-{row}")
+        return device_use(where / f"adapters-{row}")
 
     def _read_adapters(self) -> None:
         """Makes the adapters known to the engine; they enter the pool when they are used."""
         start = time.perf_counter()
-        where, rank = self._directory / "adapters", self._args.rank
-        paths = write_adapters(where, self._config, count=self._most, rank=rank)
-        self.engine.load_adapters(paths)
+        load = self._load(self._most)
+        shape = {"count": self._most, "ranks": load.ranks, "modules": load.modules}
+        load_shared(self.engine, self._directory / "adapters", **shape)
         say(f"read {self._most} adapters in {time.perf_counter() - start:.1f} s")
 
-    def _record(self, load: Load, runs: list[Run], compile_s: float) -> None:
+    def _record(self, load: Load, runs: list[Run], compile_s: float, use: DeviceUse | None) -> None:
         timing = Timing.of([1e6 * statistics.median(run.steps) for run in runs])
         options = self.engine.options
         item = jnp.dtype(options.dtype).itemsize
@@ -116,13 +135,16 @@ class Benchmark:
             output=load.output,
             adapters=load.adapters,
             resident=len(self.engine.adapters.cache.residents),
-            rank=load.rank,
+            rank=load.ranks[0] if len(load.ranks) == 1 else ",".join(map(str, load.ranks)),
+            modules=self._args.modules,
             step_ms=round(timing.us / 1e3, 3),
             limit_ms=round(limit_us / 1e3, 3),
             tokens_per_s=round(1e6 * load.batch / timing.us, 1),
             ttft_ms=round(1e3 * statistics.median(t for run in runs for t in run.first_token), 1),
             start_s=round(self._start_s, 2),
             compile_s=round(compile_s, 2),
+            launches=None if use is None else round(use.launches / TRACED_STEPS, 1),
+            device_idle=None if use is None else round(use.idle, 4),
         )
 
 
@@ -134,6 +156,11 @@ def rows(text: str) -> list[str]:
     if RESIDENT in found and not any(row.isdecimal() and int(row) for row in found):
         raise argparse.ArgumentTypeError(f"{RESIDENT!r} needs a number of adapters beside it")
     return found
+
+
+def ranks(text: str) -> tuple[int, ...]:
+    """The value of `--rank`."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="distinct adapters of the requests, a row each; 0: the base model only; "
         "resident: the same while the adapters of the largest row are in the pool",
     )
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument(
+        "--rank", type=ranks, default=(16,), metavar="R,…", help="of the adapters, in turn"
+    )
+    parser.add_argument(
+        "--modules", choices=MODULE_SETS, default="attention", help="that the adapters adapt"
+    )
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a request")
     parser.add_argument("--output", type=int, default=128, help="tokens that a request gets")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")

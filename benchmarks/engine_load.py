@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from benchmarks.record import say
-from benchmarks.synthetic import adapter_pages, write_model
+from benchmarks.shared_adapters import name_of
+from benchmarks.synthetic import MODULES, adapter_pages, write_model
 from pallas_kernels.layout import PageLayout, ceil_div
 from slora_jax import Engine, SamplingParams
 from slora_jax.config import ModelConfig
@@ -30,14 +31,19 @@ class Load:
         batch: how many.
         prompt, output: tokens of each.
         adapters: distinct adapters among them; 0: the base model only.
-        rank: of the adapters.
+        ranks: adapter i has `ranks[i % len(ranks)]`.
+        modules: of the layers, that the adapters adapt.
     """
 
     batch: int
     prompt: int
     output: int
     adapters: int
-    rank: int
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...] = MODULES
+
+    def rank_of(self, adapter: int) -> int:
+        return self.ranks[adapter % len(self.ranks)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ def run_load(engine: Engine, load: Load, trace: Path | None = None) -> Run:
     prompts = rng.integers(0, engine.config.vocab_size, (load.batch, load.prompt)).tolist()
     params = SamplingParams(temperature=0, max_tokens=load.output, ignore_eos=True)
     start = previous = time.perf_counter()
-    names = itertools.cycle([f"adapter-{n}" for n in range(load.adapters)] or [None])
+    names = itertools.cycle([name_of(n) for n in range(load.adapters)] or [None])
     ids = [
         engine.add_request(prompt, params, adapter=name)
         for prompt, name in zip(prompts, names, strict=False)
@@ -122,7 +128,8 @@ def start_engine(directory: Path, config: ModelConfig, load: Load) -> Engine:
     layout = PageLayout(config.num_key_value_heads, config.head_dim, PAGE_SIZE)
     length = load.prompt + load.output
     pages = load.batch * ceil_div(length, PAGE_SIZE)
-    pages += load.adapters * adapter_pages(config, layout, load.rank)
+    adapters = map(load.rank_of, range(load.adapters))
+    pages += sum(adapter_pages(config, layout, rank, load.modules) for rank in adapters)
     return Engine(
         write_model(directory / "model", config),
         load_format="dummy",
@@ -133,7 +140,7 @@ def start_engine(directory: Path, config: ModelConfig, load: Load) -> Engine:
         max_num_batched_tokens=step_tokens(load.batch, load.prompt),
         decode_batch_sizes=sorted({1, load.batch}),
         max_loras=max(load.adapters, 1),
-        max_lora_rank=load.rank,
+        max_lora_rank=max(load.ranks),
     )
 
 

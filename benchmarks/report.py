@@ -32,12 +32,14 @@ type Line = dict[str, Any]
 # What makes two lines results of the same thing, and so one replace the other.
 _IDENTITY = (
     "device", "benchmark", "case", "model", "backend",
-    "shape", "dtype", "batch", "prompt", "output", "adapters", "rank",
+    "shape", "dtype", "batch", "prompt", "output", "adapters", "rank", "modules",
     "adapters_of", "arrivals_are", "fit", "streams",
     "setting", "rate", "duration", "popularity", "alpha", "cv", "lengths",
     "variation", "pages", "run", "step_tokens", "slots",
     "devices", "processes", "partition", "silent", "context", "beside",
 )  # fmt: skip
+
+_BEFORE = {"modules": "attention"}  # what lines mean that were written before the field was
 
 
 def read_results(directory: Path = RESULTS) -> list[Line]:
@@ -46,7 +48,8 @@ def read_results(directory: Path = RESULTS) -> list[Line]:
     lines = [json.loads(text) for file in files for text in file.read_text().splitlines() if text]
     latest: dict[tuple, Line] = {}
     for line in sorted(lines, key=lambda line: line["date"]):
-        key = (*(line.get(name) for name in _IDENTITY), bool(line.get("resident")))
+        values = (line.get(name, _BEFORE.get(name)) for name in _IDENTITY)
+        key = (*values, bool(line.get("resident")))
         latest[key] = line
     return list(latest.values())
 
@@ -110,7 +113,8 @@ def _steps(lines: Sequence[Line]) -> str:
 
 def _adapters(line: Line) -> str:
     if line["adapters"]:
-        return f"{line['adapters']} of rank {line['rank']}"
+        of = ", all-linear" if line.get("modules") == "all-linear" else ""
+        return f"{line['adapters']} of rank {line['rank']}{of}"
     return f"none used, {line['resident']} resident" if line["resident"] else "none"
 
 

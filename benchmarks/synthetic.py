@@ -99,13 +99,15 @@ def write_adapters(
     return adapters
 
 
-def adapter_pages(config: ModelConfig, layout: PageLayout, rank: int) -> int:
+def adapter_pages(
+    config: ModelConfig, layout: PageLayout, rank: int, modules: tuple[str, ...] = MODULES
+) -> int:
     """Pages that such an adapter takes."""
-    tiles = sum(layout.module_tiles(rank, *config.projection_shape(name)) for name in MODULES)
+    tiles = sum(layout.module_tiles(rank, *config.projection_shape(name)) for name in modules)
     return ceil_div(tiles, layout.tiles_per_page)
 
 
-def adapter_elems(config: ModelConfig, rank: int) -> int:
+def adapter_elems(config: ModelConfig, rank: int, modules: tuple[str, ...] = MODULES) -> int:
     """Elements of such an adapter's matrices."""
-    of_layer = rank * sum(sum(config.projection_shape(name)) for name in MODULES)
+    of_layer = rank * sum(sum(config.projection_shape(name)) for name in modules)
     return config.num_hidden_layers * of_layer

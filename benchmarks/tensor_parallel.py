@@ -232,7 +232,7 @@ def _work(setup: Setup, row: Row) -> tuple[Work, Work]:
     The keys and values that a device holds, and its part of every adapter, padding left out.
     """
     item = jnp.dtype(setup.dtype).itemsize
-    base, rest = step_work(setup.model.local, Load(row.batch, 0, 0, 0, 0), row.context, item)
+    base, rest = step_work(setup.model.local, Load(row.batch, 0, 0, 0, (0,)), row.context, item)
     per_layer = 0
     for module in MODULES:
         inputs, outputs = setup.config.projection_shape(module)

@@ -25,6 +25,13 @@ def test_rows(capsys):
     assert rows[2]["bytes"] - rows[1]["bytes"] == 2 * 4 * 2 * 8 * (384 + 256 + 256 + 384)
 
 
+def test_mixed_ranks_on_all_linear_layers(capsys):
+    argv = [*ARGUMENTS.replace("--rank 8", "--rank 16,8").split(), "--modules", "all-linear"]
+    assert decode.main([*argv, "--adapters", "2", "--output", "20"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["rank"], row["modules"], row["resident"]) == ("16,8", "all-linear", 2)
+
+
 @pytest.mark.parametrize("text", ["resident", "0,resident", "1,all", "-1"])
 def test_rows_that_make_no_sense_are_refused(text, capsys):
     with pytest.raises(SystemExit):
@@ -33,13 +40,20 @@ def test_rows_that_make_no_sense_are_refused(text, capsys):
 
 
 def test_work_of_a_step():
-    load = Load(batch=64, prompt=256, output=128, adapters=64, rank=16)
+    load = Load(batch=64, prompt=256, output=128, adapters=64, ranks=(16,))
     base, rest = decode.step_work(LLAMA_2_7B, load, context=320.0, item=2)
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
     assert base.bytes == 2 * parameters
     assert base.flops == 2 * 64 * parameters
     kv, adapter = 2 * 32 * 4096 * 320, 32 * 4 * 16 * (4096 + 4096)
     assert rest.bytes == 2 * 64 * (kv + adapter)
+    few = Load(64, 256, 128, adapters=3, ranks=(16, 8), modules=("gate_proj",))
+    _, rest_of_few = decode.step_work(LLAMA_2_7B, few, context=320.0, item=2)
+    of_rank = 32 * (4096 + 11008)
+    assert rest_of_few.bytes == 2 * (64 * kv + (16 + 8 + 16) * of_rank)
+    # Of 64 requests, 22 have the first adapter and 21 each of the others.
+    attention = rest.flops - 2 * 64 * adapter
+    assert rest_of_few.flops == attention + 2 * ((22 + 21) * 16 + 21 * 8) * of_rank
 
 
 def test_steps_with_prompts_are_of_one_size():
