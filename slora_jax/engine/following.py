@@ -102,7 +102,7 @@ class Followers:
             self._connections: list[Connection] = []
             while len(self._connections) < jax.process_count() - 1:
                 with suppress(AuthenticationError, EOFError, OSError):  # somebody else knocked
-                    self._connections.append(listener.accept())
+                    self._connections.append(_prompt(listener.accept()))
         self._lock = threading.Lock()
         self._numbers = 0
         self._dropped: deque[int] = deque()
@@ -342,6 +342,13 @@ def _greet(data: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
 
 
+def _prompt(connection: Connection) -> Connection:
+    """A connection that sends at once: no step's command waits for the last one's receipt."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
 def _own_addresses() -> list[str]:
     """Addresses under which other hosts may find this one, the likeliest first."""
     found = []
@@ -357,7 +364,7 @@ def _connect(addresses: list[str], port: int, key: bytes) -> Connection:
     errors = []
     for address in addresses:
         try:
-            return Client((address, port), authkey=key)
+            return _prompt(Client((address, port), authkey=key))
         except Exception as error:  # somebody else may listen there
             errors.append(f"{address}: {error}")
     raise FollowerError(f"process 0 cannot be reached on port {port}: {'; '.join(errors)}")

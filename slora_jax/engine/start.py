@@ -9,8 +9,9 @@ import numpy as np
 
 from slora_jax.adapters.reader import AdapterReader
 from slora_jax.config import EngineConfig
+from slora_jax.engine.agreement import facts_of, together
 from slora_jax.engine.setup import Setup, keep_compiled_programs, set_up
-from slora_jax.engine.sizing import check_pool_fits, pool_pages
+from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages
 from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.model.weights import LlamaWeights
@@ -22,19 +23,28 @@ def load_model(
     """Loads the weights and decides how large the pool is to be.
 
     Raises:
-        ValueError: the model or an option is not supported, or there is no room.
+        ValueError: the model or an option is not supported, or there is no room; or another process
+            of the engine says so.
     """
-    setup = set_up(options, read_model_config(model_dir))
+    setup = together(lambda: set_up(options, read_model_config(model_dir)), facts_of)
     keep_compiled_programs(setup.options.compilation_cache_dir)
     how = setup.model, setup.dtype, setup.placement
-    if setup.options.load_format == "dummy":
-        weights = dummy_weights(*how, setup.options.seed)
-    else:
-        weights = load_weights(model_dir, *how, progress=progress)
+
+    def load() -> LlamaWeights:
+        if setup.options.load_format == "dummy":
+            return dummy_weights(*how, setup.options.seed)
+        return load_weights(model_dir, *how, progress=progress)
+
+    weights = together(load, lambda loaded: {})
     num_pages = setup.options.num_pages
     if num_pages is None:
         num_pages = pool_pages(weights, setup)
-    check_pool_fits(num_pages, setup)
+
+    def check() -> None:
+        check_pool_fits(num_pages, setup)
+        host_bytes(setup.options)
+
+    together(check, lambda _: {})
     return weights, replace(setup, options=replace(setup.options, num_pages=num_pages))
 
 

@@ -50,11 +50,33 @@ def serve(engine: Any, root: Path) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
+MISTAKES = ("other pages", "no pages", "no model")
+
+
+def mistake(root: Path, how: dict[str, Any], cluster: Cluster, what: str) -> None:
+    """Process 1 is started with something else than process 0."""
+    from slora_jax import Engine, Follower
+
+    model = root / "model"
+    if cluster.process_id:
+        how |= {"num_pages": {"other pages": 100, "no pages": None}.get(what, 128)}
+        model = root / "nowhere" if what == "no model" else model
+    else:
+        how["num_pages"] = 128
+    try:
+        (Follower if cluster.process_id else Engine)(model, **how)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+
+
 def main(root: Path, cluster: Cluster, partition: str, then: str) -> None:
     cluster.join()
     from slora_jax import AdapterError, Engine, Follower
 
     how = options(tensor_parallel_size=jax.device_count(), lora_partition=partition)
+    if then in MISTAKES:
+        mistake(root, how, cluster, then)
+        return
     if cluster.process_id:
         follower = Follower(root / "model", **how)
         if then == "lose":

@@ -75,6 +75,21 @@ def test_same_tokens(directory):
     assert follower.rstrip().endswith("ended")
 
 
+@pytest.mark.parametrize(
+    ("mistake", "messages"),
+    [
+        ("other pages", ["num_pages is 128 in process 0", "num_pages is 100 in process 1"]),
+        ("no pages", ["and None in process 1: give all", "and 128 in process 0: give all"]),
+        ("no model", ["process 1 of the engine refuses: ", "nowhere"]),
+    ],
+)
+def test_what_processes_do_not_share_is_said_by_all(directory, mistake, messages):
+    """They would wait for each other for ever."""
+    for (code, text), message in zip(run(directory, "no-comm", mistake), messages, strict=True):
+        assert code == 0, text
+        assert message in said_by(text)["error"]
+
+
 def test_a_lost_process_is_noticed(directory):
     (_, leader), (code, _) = run(directory, "no-comm", "lose")
     assert code == -9
