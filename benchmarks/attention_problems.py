@@ -98,6 +98,46 @@ class Prefill(Problem):
 
 
 @dataclass(frozen=True)
+class Mixed(Problem):
+    """A step of requests that decode, and of a whole prompt, as nearly all are on a busy server."""
+
+    op = "paged_prefill"
+    decodes: int
+    context: int
+    prompt: int
+
+    @property
+    def name(self) -> str:
+        decodes = f"{self.decodes} decodes, context {self.context}"
+        return f"{self.heads}, {decodes}, and a prompt of {self.prompt}"
+
+    @property
+    def work(self) -> Work:
+        context = self.decodes * self.context
+        pairs = context + self.prompt * (self.prompt + 1) // 2
+        queries = 2 * (self.decodes + self.prompt) * self.query_elems
+        elems = (context + self.prompt) * self.kv_elems + queries
+        return Work(elems * ITEM, 4 * pairs * self.query_elems)
+
+    def program(self, backend: Backend, size: Size) -> Program:
+        contexts = np.array([self.context] * self.decodes + [self.prompt], np.int32)
+        lengths = np.array([1] * self.decodes + [self.prompt], np.int32)
+        table, pages = page_table(contexts.tolist())
+        starts = np.cumsum(lengths, dtype=np.int32) - lengths
+        pool = self.pool(pages, size)
+
+        def one(q, layer, pool, *where):
+            return paged_prefill(q, pool, layer, *where, layout=self.layout, backend=backend), None
+
+        arrays = pool, *map(jnp.asarray, (table, starts, lengths, contexts))
+        tokens = self.decodes + self.prompt
+        return program(one, self.queries(tokens), len(pool), *arrays, size=size)
+
+    def tiny(self) -> Self:
+        return replace(super().tiny(), decodes=3, context=20, prompt=13)
+
+
+@dataclass(frozen=True)
 class Rope(Problem):
     """Of decodes where there are up to 256 tokens, each with a page of its own; else of a prompt.
 

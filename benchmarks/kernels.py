@@ -18,10 +18,10 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from benchmarks.attention_problems import Decode, Prefill, Rope
+from benchmarks.attention_problems import Decode, Mixed, Prefill, Rope
 from benchmarks.measure import Ceilings, Timing, measure
 from benchmarks.problems import Problem, Size
-from benchmarks.projection_problems import PROJECTIONS, Lora, Matmul
+from benchmarks.projection_problems import PROJECTIONS, Lora, Matmul, MixedLora
 from benchmarks.record import Recorder, say
 from benchmarks.shapes import KERNEL_SHAPES
 from pallas_kernels.backend import Backend, why_not_mosaic
@@ -80,11 +80,25 @@ def other_cases() -> Iterator[Case]:
         yield Case(Lora(**which, projection="qkv", ranks=(16,) * 8, each=PROMPT // 8))
 
 
+def mixed_cases() -> Iterator[Case]:
+    """Steps of a busy server: half of the tokens are a prompt's."""
+    mha: dict[str, Any] = {"model": "llama-2-7b", "shape": KERNEL_SHAPES["llama-2-7b"]}
+    yield Case(Mixed(**mha, decodes=240, context=390, prompt=272), reference=True)
+    for projection in ("qkv", "o"):
+        base = Matmul(**mha, projection=projection, tokens=512)
+        for ranks in ((8,) * 241, MIXED_RANKS * 3 + (64,) * 49):
+            lora = MixedLora(**mha, projection=projection, ranks=ranks, each=1, prompt=272)
+            yield Case(lora, base=base)
+        lora = MixedLora(**mha, projection=projection, ranks=(8,) * 5, each=60, prompt=272)
+        yield Case(lora, base=base)
+
+
 def cases() -> list[Case]:
     """All cases, each once, those of the target table first."""
     targets = list(target_cases())
     known = {case.problem for case in targets}
-    return targets + [case for case in other_cases() if case.problem not in known]
+    others = (*mixed_cases(), *other_cases())
+    return targets + [case for case in others if case.problem not in known]
 
 
 class Benchmark:

@@ -2,6 +2,7 @@
 """Projections: the base model's, and LoRA on it with adapters in random pages."""
 
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,8 +100,13 @@ class Lora(Problem):
     each: int
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every adapter."""
+        return (self.each,) * len(self.ranks)
+
+    @property
     def tokens(self) -> int:
-        return len(self.ranks) * self.each
+        return sum(self.lengths)
 
     @property
     def modules(self) -> Modules:
@@ -127,7 +133,8 @@ class Lora(Problem):
         ranks, modules = sum(self.ranks), self.modules
         activations = self.tokens * (modules.inputs + 2 * sum(modules.outputs))
         elems = ranks * self.adapter_elems + activations
-        return Work(elems * ITEM, 2 * self.each * ranks * self.adapter_elems)
+        products = sum(map(operator.mul, self.lengths, self.ranks))
+        return Work(elems * ITEM, 2 * products * self.adapter_elems)
 
     def program(self, backend: Backend, size: Size) -> Program:
         modules = self.modules
@@ -167,7 +174,7 @@ class Lora(Problem):
             ]
             first_tile[g] = np.cumsum(tiles) - tiles
         rank = np.broadcast_to(np.asarray(self.ranks, np.int32)[:, None, None], first_tile.shape)
-        lengths = np.full(len(pages), self.each, np.int32)
+        lengths = np.asarray(self.lengths, np.int32)
         scale = jnp.ones(first_tile.shape, jnp.float32)
         block = 1 if self.tokens <= DECODE_TOKENS else PROMPT_BLOCK
         size = {"layout": self.layout, "tokens": self.tokens, "block": block}
@@ -179,3 +186,25 @@ class Lora(Problem):
         ranks = tuple(few) if len(few) > 1 else self.ranks[:2]
         each = min(self.each, 8 if self.tokens <= DECODE_TOKENS else 40)
         return replace(super().tiny(), ranks=ranks, each=each)
+
+
+@dataclass(frozen=True)
+class MixedLora(Lora):
+    """The same in a step that also computes a prompt, of the last adapter.
+
+    Attributes:
+        prompt: its tokens.
+    """
+
+    prompt: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (*super().lengths[1:], self.prompt)
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, one of a prompt of {self.prompt}"
+
+    def tiny(self) -> Self:
+        return replace(super().tiny(), prompt=70)
