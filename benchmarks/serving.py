@@ -153,6 +153,8 @@ def over_http(args: argparse.Namespace, directory: Path) -> Served:
             }
             for number, prompt in enumerate(prompts(args, MODELS[args.shape].vocab_size))
         ]
+        # A front end's first request waits for imports; the engine has been warmed up too.
+        asyncio.run(_read_all(port, [{**bodies[0], "max_tokens": 2}]))
         start, times = asyncio.run(_read_all(port, bodies))
         return served(start, times, args.output)
     finally:

@@ -146,7 +146,6 @@ class Bench:
             frozenset(MODULES) if row.rank else frozenset(),
             packed,
             (),
-            (),
             Choice(each, None, None, None, None),
             None,
         )

@@ -26,9 +26,13 @@ _DISK_COST = 10.0  # bringing a page back from the disk, in copies of a page fro
 class Staged(Protocol):
     """An adapter on its way to the device, or there."""
 
-    def is_ready(self) -> bool: ...
+    def is_ready(self) -> bool:
+        """Whether it is there; raises AdapterError if it will never be."""
+        ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Returns when it is there; raises AdapterError if it will never be."""
+        ...
 
 
 @dataclass(slots=True)
@@ -73,7 +77,12 @@ class AdapterLoader[S: Staged]:
     def is_ready(self, adapter_id: str) -> bool:
         copy = self._copies.get(adapter_id)
         if copy is not None and not copy.ready:
-            copy.ready = copy.staged.is_ready()
+            try:
+                copy.ready = copy.staged.is_ready()
+            except AdapterError as error:  # of another process of the engine
+                self._failed[adapter_id] = error
+                del self._copies[adapter_id]
+                return False
             if copy.ready and adapter_id in self._wanted_since:
                 waited = time.monotonic() - self._wanted_since.pop(adapter_id)
                 self._load_seconds.append(waited)

@@ -141,7 +141,8 @@ def follow(args: argparse.Namespace, cluster: Cluster, *, progress: bool) -> int
         CommandError: the model or an option is refused, or process 0 is gone.
     """
     cluster.join()
-    from slora_jax.engine.following import Follower, FollowerError
+    from slora_jax.engine.following import Follower
+    from slora_jax.engine.link import FollowerError
 
     try:
         Follower(args.model, progress=progress, **engine_options(args)).run()

@@ -6,14 +6,17 @@ hear of it before the first of these.
 """
 
 import json
+import socket
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from slora_jax.engine.setup import Setup
+from slora_jax.scheduling.options import SchedulingOptions
 
 _MOST_BYTES = 1 << 14  # of what a process says
 _MOST_ERROR = 2000  # characters of an error
@@ -50,9 +53,20 @@ def together[T](act: Callable[[], T], facts: Callable[[T], Mapping[str, str]]) -
     return result
 
 
+def processes_here() -> int:
+    """How many processes of the engine this machine has; each calls this once."""
+    if jax.process_count() == 1:
+        return 1
+    boot = Path("/proc/sys/kernel/random/boot_id")  # Linux's; containers may share a name
+    machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
+    return [said["machine"] for said in _exchange({"machine": machine})].count(machine)
+
+
 def facts_of(setup: Setup) -> dict[str, str]:
     """What makes the processes' programs the same."""
-    options = {name: value for name, value in asdict(setup.options).items() if name not in _OWN}
+    scheduling = {field.name for field in fields(SchedulingOptions)}  # process 0's alone
+    apart = scheduling | set(_OWN)
+    options = {name: value for name, value in asdict(setup.options).items() if name not in apart}
     model = {f"the model's {name}": value for name, value in asdict(setup.config).items()}
     found = {"the version of jax": jax.__version__, **options, **model}
     return {name: repr(value) for name, value in found.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from slora_jax.config import EngineConfig
-from slora_jax.core import Install, Request, StepPlan
+from slora_jax.core import Request, StepPlan
 from slora_jax.engine.packing import (
     MOST_BANNED,
     Buckets,
@@ -53,14 +53,13 @@ class PromptLogprobs(NamedTuple):
 
 
 class StepCommand(NamedTuple):
-    """One step: installs, the model, the choice of tokens."""
+    """One step: the model, the choice of tokens; its adapters have been installed."""
 
     bucket: Bucket
     decode: bool
     lora_mode: LoraMode
     adapted: frozenset[str]  # modules that LoRA is compiled for
     packed: Int[np.ndarray, " n"]  # `StepInputs`
-    installs: tuple[Install, ...]
     counts: tuple[Counts, ...]
     choice: Choice
     prompt_logprobs: PromptLogprobs | None
@@ -93,7 +92,6 @@ def step_command(
         lora_mode,
         adapted if slots else frozenset(),
         pack_step(plan, bucket, options.max_num_seqs),
-        plan.installs,
         tuple(_counts(one, vocab_size) for one in plan.started if one.params.penalized),
         _choice(plan, bucket.rows, options.max_num_seqs, vocab_size),
         _prompt_logprobs(plan, bucket.tokens, vocab_size),

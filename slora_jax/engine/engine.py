@@ -23,7 +23,8 @@ from slora_jax.core import (
     SamplingParams,
     StepPlan,
 )
-from slora_jax.engine.following import Followers, LeadingRunner
+from slora_jax.engine.agreement import together
+from slora_jax.engine.leading import Followers, LeadingRunner, reading
 from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
 from slora_jax.engine.runner import ModelRunner, StepResult
@@ -84,7 +85,7 @@ class Engine:
                 f"this is process {jax.process_index()} of {jax.process_count()}, and process 0 "
                 "has the engine: run a Follower here"
             )
-        self.tokenizer = load_tokenizer(model_dir)
+        self.tokenizer = together(lambda: load_tokenizer(model_dir), lambda _: {})
         weights, self.setup = load_model(model_dir, EngineConfig(**options), progress=progress)
         self.config, self.options = self.setup.config, self.setup.options
         assert self.options.num_pages is not None
@@ -97,7 +98,7 @@ class Engine:
             # Before the followers wait for commands, all of them make the same state.
             self._followers = Followers()
             self.runner = LeadingRunner(weights, self.setup, self._followers)
-            read = self._followers.reading(read)
+            read = reading(self._followers, read)
         self._lock = threading.RLock()  # of all below; not held while the device or a file is read
         self.adapters = AdapterManager(
             self._lock,
@@ -490,7 +491,13 @@ class Engine:
             }
 
     def stats(self) -> EngineStats:
-        """Requests, pages and adapters now; the times of loads are handed out once."""
+        """Requests, pages and adapters now; the times of loads are handed out once.
+
+        Raises:
+            FollowerError: another process of the engine is gone.
+        """
+        if self._followers is not None:
+            self._followers.check()  # an idle engine would not notice
         with self._lock:
             scheduler, cache = self.scheduler, self.adapters.cache
             return EngineStats(

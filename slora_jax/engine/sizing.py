@@ -92,13 +92,17 @@ def staging_pages(setup: Setup) -> int:
     return max(largest, _STAGING_PAGES)
 
 
-def host_bytes(options: EngineConfig) -> int:
+def host_bytes(options: EngineConfig, processes: int = 1) -> int:
     """Bytes of host memory for adapters.
+
+    Args:
+        options: the engine's.
+        processes: of the engine, on this machine.
 
     Raises:
         ValueError: `max_cpu_lora_gib` is more than XLA will page-lock.
     """
-    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // processes
     asked = options.max_cpu_lora_gib
     wanted = half if asked is None else int(asked * 2**30)
     if jax.default_backend() == "cpu":

@@ -9,7 +9,7 @@ import numpy as np
 
 from slora_jax.adapters.reader import AdapterReader
 from slora_jax.config import EngineConfig
-from slora_jax.engine.agreement import facts_of, together
+from slora_jax.engine.agreement import facts_of, processes_here, together
 from slora_jax.engine.setup import Setup, keep_compiled_programs, set_up
 from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages
 from slora_jax.hf_config import read_model_config
@@ -45,7 +45,11 @@ def load_model(
         host_bytes(setup.options)
 
     together(check, lambda _: {})
-    return weights, replace(setup, options=replace(setup.options, num_pages=num_pages))
+    options = replace(setup.options, num_pages=num_pages)
+    if options.max_cpu_lora_gib is None:
+        share = host_bytes(options, processes_here()) / 2**30
+        options = replace(options, max_cpu_lora_gib=share)
+    return weights, replace(setup, options=options)
 
 
 def adapter_reader(setup: Setup, model_dir: Path) -> AdapterReader:

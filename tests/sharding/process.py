@@ -4,6 +4,7 @@
 It has as many CPU devices as XLA_FLAGS say. Process 0 prints what it served as JSON.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -50,6 +51,22 @@ def serve(engine: Any, root: Path) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
+def boom(*_: Any) -> Any:
+    raise RuntimeError("boom")
+
+
+def lost_adapters(engine: Any, root: Path) -> None:
+    """Serves adapters of which the other process has one in memory and can read none again."""
+    adapters = {path.name: path for path in sorted((root / "adapters").iterdir())}
+    for name, path in adapters.items():
+        engine.load_adapter(name, path)
+    prompts = [[1, 2, 3]] * (1 + len(adapters))
+    outputs = engine.generate(prompts, GREEDY, adapters=[None, *adapters])
+    engine.check()
+    found = {str(one.adapter): [one.finish_reason, str(one.stop_reason)] for one in outputs}
+    print(json.dumps({"found": found, "last": list(adapters)[-1]}))
+
+
 MISTAKES = ("other pages", "no pages", "no model")
 
 
@@ -78,14 +95,24 @@ def main(root: Path, cluster: Cluster, partition: str, then: str) -> None:
         mistake(root, how, cluster, then)
         return
     if cluster.process_id:
+        if then == "lose its adapters":
+            how["max_cpu_loras"] = 1
         follower = Follower(root / "model", **how)
         if then == "lose":
             os.kill(os.getpid(), signal.SIGKILL)
+        if then == "fail":
+            follower._runner.execute = boom
+        if then == "lose its adapters":
+            read, reads = follower._reader.read, itertools.count()
+            follower._reader.read = lambda path: boom() if next(reads) >= 7 else read(path)
         follower.run()
         print("ended")
         return
     engine = Engine(root / "model", **how)
-    if then == "lose":
+    if then == "lose its adapters":
+        lost_adapters(engine, root)
+        return
+    if then in ("lose", "fail"):
         try:
             for _ in range(1000):
                 engine.generate([[1, 2, 3]], GREEDY)

@@ -96,6 +96,27 @@ def test_a_lost_process_is_noticed(directory):
     assert re.search(r"gone|dead|reset|closed|failed", said_by(leader)["error"])
 
 
+def test_a_process_that_fails_says_why_and_ends_all(directory):
+    """It would wait for process 0, which waits for it in a step."""
+    (_, leader), (code, follower) = run(directory, "no-comm", "fail")
+    assert code == 1
+    assert "RuntimeError: boom" in follower
+    assert re.search(r"has failed: RuntimeError: boom|gone|reset|closed|failed", leader)
+
+
+def test_an_adapter_that_another_process_lost_fails_its_requests_only(directory):
+    (code, leader), (followers_code, follower) = run(directory, "no-comm", "lose its adapters")
+    assert (code, followers_code) == (0, 0), leader + follower
+    said = said_by(leader)
+    found = said["found"]
+    assert found.pop("None")[0] == "length"
+    assert found.pop(said["last"])[0] == "length"  # the one that it has kept
+    assert len(found) == 6
+    for reason, why in found.values():
+        assert reason == "error"
+        assert "another process of the engine cannot copy it: RuntimeError: boom" in why
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
