@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from slora_jax.model.sources import check_tensors, weight_sources
 
     jax.config.update("jax_platforms", "cpu")  # a device would only lose its memory to this
-    source, target = Path(args.source), Path(args.target)
+    # Without links: what a link to an empty directory names is replaced, not the link.
+    source, target = Path(args.source), Path(args.target).resolve()
+    if target.is_relative_to(source.resolve()):
+        raise CommandError(f"{target} is in {source}, whose weights it would add to: name another")
     try:
         config = read_model_config(source)
         weights = weight_sources(ModelShards(config))
@@ -110,7 +113,7 @@ def _write(
         task = bar.add_task("Converting weights", total=total)
 
         def read(name: str) -> np.ndarray:
-            tensor = checkpoint.read(name).astype(dtypes[name], copy=False)
+            tensor = _cast(checkpoint.read(name), dtypes[name], name)
             bar.advance(task, checkpoint.num_bytes(name))
             return tensor
 
@@ -122,12 +125,22 @@ def _write(
     return f"{len(names)} tensors, {total / 1e9:.2f} GB read, written as {to}"
 
 
+def _cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # it is looked for below
+        cast = tensor.astype(dtype, copy=False)
+    if dtype == np.float16 and tensor.dtype != dtype and not np.isfinite(cast).all():
+        raise CommandError(f"{name} has numbers that float16 cannot hold: try --dtype bfloat16")
+    return cast
+
+
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
     """A new directory that takes the place of `target` unless there is an error."""
+    if target.is_mount():
+        raise CommandError(f"{target} is a mount point: name a directory in it as TARGET")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CommandError(f"{target} exists and is not an empty directory: name another TARGET")
-    folder = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.unfinished"
+    folder = target.parent / f".{target.name}.{os.getpid()}.unfinished"
     folder.mkdir(parents=True)
     try:
         yield folder

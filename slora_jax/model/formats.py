@@ -16,7 +16,8 @@ def open_checkpoint(model_dir: Path) -> Checkpoint | OrbaxCheckpoint:
         CheckpointError: there are no weights, there are weights of both formats, which need not
             be the same, or they cannot be opened.
     """
-    orbax = [path for path in model_dir.glob(f"{ORBAX}*") if path.is_dir()]
+    own = (model_dir / ORBAX, *model_dir.glob(f"{ORBAX}.*"))  # and Orbax's unfinished ones
+    orbax = [path for path in own if path.is_dir()]
     safetensors = [*model_dir.glob("*.safetensors"), *model_dir.glob("*.safetensors.index.json")]
     if orbax and safetensors:
         names = ", ".join(sorted(path.name for path in (*orbax, *safetensors))[:5])

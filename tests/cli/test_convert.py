@@ -149,6 +149,50 @@ def test_writes_into_an_empty_directory_and_draws_a_bar(tmp_path, capsys):
     assert f"{target}: 21 tensors, 0.00 GB read, written as orbax" in said.err.replace("\n", "")
 
 
+@pytest.mark.parametrize("kind", ["link to an empty directory", "dangling link", "here"])
+def test_targets_by_other_names(tmp_path, monkeypatch, kind):
+    model, real, target = model_of(tmp_path), tmp_path / "real", tmp_path / "link"
+    if kind == "here":
+        real.mkdir()
+        monkeypatch.chdir(real)
+        target = Path()
+    else:
+        target.symlink_to(real)
+        if kind == "link to an empty directory":
+            real.mkdir()
+    assert convert(model, target) == 0
+    assert (real / "config.json").exists()
+    assert (tmp_path / "link").is_symlink() == (kind != "here")
+    with OrbaxCheckpoint(real) as checkpoint:
+        assert checkpoint.shapes
+
+
+def test_numbers_too_large_for_float16_are_named(tmp_path, capsys):
+    model = model_of(tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = 70_000.0
+    save_file(tensors, model / "model.safetensors")
+    assert convert(model, tmp_path / "out", "--dtype", "float16") == 2
+    assert "model.norm.weight has numbers that float16 cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_only_begins_like_orbaxs_is_no_checkpoint(tmp_path):
+    model = model_of(tmp_path)
+    (model / "orbax-of-others").mkdir()
+    assert convert(model, tmp_path / "out") == 0
+
+
+def test_a_target_within_the_source_or_on_a_mount_is_refused(tmp_path, capsys, monkeypatch):
+    model = model_of(tmp_path)
+    assert convert(model, model / "orbax") == 2
+    assert "is in" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    assert convert(model, tmp_path / "out") == 2
+    assert "is a mount point: name a directory in it" in capsys.readouterr().err
+    assert not (model / "orbax").exists()
+
+
 def damaged(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
