@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -81,6 +82,20 @@ def arrivals_of(args: argparse.Namespace, adapters: int) -> list[Arrival]:
     )
     found = workload.arrivals(args.seed)
     return found if args.lengths == "uniform" else _arena_lengths(found, workload, args.seed)
+
+
+def prompts_of(args: argparse.Namespace, arrivals: Sequence[Arrival]) -> list[list[int]]:
+    """Random tokens, the same for all servers."""
+    rng, vocab = np.random.default_rng(args.seed), SETTINGS[args.setting].config.vocab_size
+    return [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
+
+
+def workload_fields(args: argparse.Namespace, adapters: int) -> dict[str, Any]:
+    """A result's fields that say which trace it is of."""
+    setting = SETTINGS[args.setting]
+    named = ("setting", "rate", "duration", "popularity", "alpha", "cv", "lengths", "seed")
+    given = {name: getattr(args, name) for name in named}
+    return given | {"shape": setting.shape, "ranks": setting.ranks, "adapters": adapters}
 
 
 def _arena_lengths(arrivals: Sequence[Arrival], workload: Workload, seed: int) -> list[Arrival]:

@@ -30,7 +30,13 @@ from benchmarks.engine_load import PAGE_SIZE, Compilations
 from benchmarks.measure import Ceilings, Timing, Work
 from benchmarks.record import Recorder, say
 from benchmarks.replay import Given, replay
-from benchmarks.settings import SETTINGS, add_workload_arguments, arrivals_of
+from benchmarks.settings import (
+    SETTINGS,
+    add_workload_arguments,
+    arrivals_of,
+    prompts_of,
+    workload_fields,
+)
 from benchmarks.shared_adapters import load_shared, name_of
 from benchmarks.synthetic import adapter_elems, write_model
 from benchmarks.trace_figures import figures
@@ -166,9 +172,7 @@ class TraceServer:
         """Serves a trace; its figures, and the steps of its steady window."""
         self.warm_up(any(one.adapter is not None for one in arrivals))
         engine = self.engine
-        rng = np.random.default_rng(self._args.seed)
-        vocab = engine.config.vocab_size
-        self._prompts = [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
+        self._prompts = prompts_of(self._args, arrivals)
         before, seconds = self._counters(), self._args.duration
         self.log.restart()
         served, end = replay(self, arrivals, seconds, drain=drain)
@@ -251,30 +255,19 @@ def record(
     begin, end = found["steady_from_s"] or 0.0, found["steady_to_s"] or found["seconds"]
     tokens = max(rate * (end - begin), 1.0)
     us = 1e6 / max(rate, 1e-9)
-    recorder.add(
-        benchmark,
-        Timing(us, us, us),
-        Work(0, 0),
-        1e6 * least / tokens,
-        setting=args.setting,
-        shape=SETTINGS[args.setting].shape,
-        dtype=server.engine.options.dtype,
-        backend=server.engine.options.kernel_backend,
-        batch=args.batch,
-        step_tokens=args.step_tokens,
-        adapters=adapters,
-        ranks=server.ranks,
-        rate=args.rate,
-        duration=args.duration,
-        popularity=args.popularity,
-        alpha=args.alpha,
-        cv=args.cv,
-        lengths=args.lengths,
-        seed=args.seed,
-        host_copies=server.host_copies,
-        run=run,
-        **{**found, **fields},
-    )
+    of_run = {
+        **workload_fields(args, adapters),
+        "ranks": server.ranks,
+        "dtype": server.engine.options.dtype,
+        "backend": server.engine.options.kernel_backend,
+        "batch": args.batch,
+        "step_tokens": args.step_tokens,
+        "host_copies": server.host_copies,
+        "run": run,
+        **found,
+        **fields,
+    }
+    recorder.add(benchmark, Timing(us, us, us), Work(0, 0), 1e6 * least / tokens, **of_run)
 
 
 def counts(text: str) -> list[int]:

@@ -21,7 +21,14 @@ from benchmarks.baselines.batching import OneAdapterAtATime
 from benchmarks.measure import Timing, Work
 from benchmarks.record import Recorder, say
 from benchmarks.replay import replay
-from benchmarks.settings import SETTINGS, Setting, add_workload_arguments, arrivals_of
+from benchmarks.settings import (
+    SETTINGS,
+    Setting,
+    add_workload_arguments,
+    arrivals_of,
+    prompts_of,
+    workload_fields,
+)
 from benchmarks.shared_adapters import name_of
 from benchmarks.synthetic import MODULES
 from benchmarks.trace import counts
@@ -129,9 +136,7 @@ def serve(
     decoder: PeftDecoder, arrivals: Sequence[Arrival], args: argparse.Namespace, most: int
 ) -> dict:
     """The figures of a trace."""
-    rng = np.random.default_rng(args.seed)
-    vocab = SETTINGS[args.setting].config.vocab_size
-    decoder.prompts = [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
+    decoder.prompts = prompts_of(args, arrivals)
     serving = OneAdapterAtATime(decoder, most, time.perf_counter)
     served, end = replay(serving, arrivals, args.duration, drain=False)
     sizes = serving.batches
@@ -176,19 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 Timing(us, us, us),
                 Work(0, 0),
                 None,
-                setting=args.setting,
-                shape=setting.shape,
                 dtype="bfloat16",
                 batch=most,
-                adapters=adapters,
-                ranks=setting.ranks,
-                rate=args.rate,
-                duration=args.duration,
-                popularity=args.popularity,
-                alpha=args.alpha,
-                cv=args.cv,
-                lengths=args.lengths,
-                seed=args.seed,
+                **workload_fields(args, adapters),
                 run=run,
                 torch=torch.__version__,
                 transformers=transformers.__version__,

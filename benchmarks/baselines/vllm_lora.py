@@ -16,12 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.measure import Timing, Work
 from benchmarks.record import Recorder, say
 from benchmarks.replay import Given, replay
-from benchmarks.settings import SETTINGS, Setting, add_workload_arguments, arrivals_of
+from benchmarks.settings import (
+    SETTINGS,
+    Setting,
+    add_workload_arguments,
+    arrivals_of,
+    prompts_of,
+    workload_fields,
+)
 from benchmarks.shared_adapters import name_of
 from benchmarks.synthetic import write_adapters, write_model
 from benchmarks.trace import counts
@@ -120,9 +125,7 @@ class VllmServing:
 
 def serve(serving: VllmServing, arrivals: Sequence[Arrival], args: argparse.Namespace) -> dict:
     """The figures of a trace."""
-    rng = np.random.default_rng(args.seed)
-    vocab = SETTINGS[args.setting].config.vocab_size
-    serving.prompts = [rng.integers(0, vocab, one.prompt).tolist() for one in arrivals]
+    serving.prompts = prompts_of(args, arrivals)
     served, end = replay(serving, arrivals, args.duration, drain=False)
     serving.end(len(served))
     return figures(served, end, args.duration)
@@ -161,21 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     Timing(us, us, us),
                     Work(0, 0),
                     None,
-                    setting=args.setting,
-                    shape=setting.shape,
                     dtype="bfloat16",
                     batch=args.batch,
                     step_tokens=args.step_tokens,
                     slots=args.slots,
-                    adapters=adapters,
-                    ranks=setting.ranks,
-                    rate=args.rate,
-                    duration=args.duration,
-                    popularity=args.popularity,
-                    alpha=args.alpha,
-                    cv=args.cv,
-                    lengths=args.lengths,
-                    seed=args.seed,
+                    **workload_fields(args, adapters),
                     run=run,
                     vllm=vllm.__version__,
                     **found,
