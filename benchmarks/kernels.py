@@ -89,8 +89,9 @@ def mixed_cases() -> Iterator[Case]:
         for ranks in ((8,) * 241, MIXED_RANKS * 3 + (64,) * 49):
             lora = MixedLora(**mha, projection=projection, ranks=ranks, each=1, prompt=272)
             yield Case(lora, base=base)
-        lora = MixedLora(**mha, projection=projection, ranks=(8,) * 5, each=60, prompt=272)
-        yield Case(lora, base=base)
+        for adapters, each in ((80, 3), (20, 12), (4, 60)):
+            shape = {"ranks": (8,) * (adapters + 1), "each": each, "prompt": 272}
+            yield Case(MixedLora(**mha, projection=projection, **shape), base=base)
 
 
 def cases() -> list[Case]:

@@ -19,7 +19,7 @@ from pallas_kernels.backend import Backend
 from pallas_kernels.layout import ceil_div
 from pallas_kernels.segments import Adapters, with_work
 from pallas_kernels.skinny_matmul import skinny_matmul
-from slora_jax.engine.programs import PROMPT_BLOCK
+from slora_jax.engine.programs import FEW, PROMPT_BLOCK
 
 DECODE_TOKENS = 64  # of at most so many a step is taken for one of decodes
 PROJECTIONS = {  # fused as the model fuses them
@@ -161,7 +161,7 @@ class Lora(Problem):
         return ceil_div(tiles, self.layout.tiles_per_page)
 
     def _adapters(self, pages: list[int], layers: int) -> Adapters:
-        """The adapters' tables, as the engine makes them: of single tokens, or of blocks."""
+        """The adapters' tables, as the engine makes them: of single tokens, or of blocks, too."""
         modules = self.modules
         shuffled = np.random.default_rng(0).permutation(np.arange(1, sum(pages) + 1))
         own = np.zeros((len(pages), max(pages)), np.int32)
@@ -177,7 +177,7 @@ class Lora(Problem):
         lengths = np.asarray(self.lengths, np.int32)
         scale = jnp.ones(first_tile.shape, jnp.float32)
         block = 1 if self.tokens <= DECODE_TOKENS else PROMPT_BLOCK
-        size = {"layout": self.layout, "tokens": self.tokens, "block": block}
+        size = {"layout": self.layout, "tokens": self.tokens, "block": block, "few": FEW}
         make = jax.jit(partial(with_work, **size))
         return make(*map(jnp.asarray, (lengths, own, rank, first_tile)), scale)
 

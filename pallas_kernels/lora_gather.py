@@ -33,7 +33,7 @@ from pallas_kernels.backend import interpreted
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
 from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
 from pallas_kernels.mosaic import WGMMA, accumulator, choose, iota, store, swizzled
-from pallas_kernels.segments import PAGES_AT_HAND, Adapters, Modules
+from pallas_kernels.segments import PAGES_AT_HAND, Modules, Work
 
 MOST_TILES = 32  # of outputs in a CTA's shared memory, 1 KiB each, if a cluster can share them so
 HELD_TILES = 8  # of outputs that a CTA sums in registers at a time: 8 registers a tile
@@ -63,23 +63,25 @@ def lora_gather(
     y: jax.Array,
     pool: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
+    pages: jax.Array,
     *,
     modules: Modules,
     max_rank: int,
     layout: PageLayout,
     tuning: Tuning,
 ) -> jax.Array:
-    """`y + s · (x Aᵀ) Bᵀ`; the lines of `adapters.work` are single tokens."""
+    """`y + s · (x Aᵀ) Bᵀ`; of single tokens, in place."""
     static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuning}
-    return _gather(x, None, y, pool, layer, adapters, **static)
+    return _gather(x, None, y, pool, layer, work, pages, **static)
 
 
 def gather_shrink(
     x: jax.Array,
     pool: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
+    pages: jax.Array,
     *,
     modules: Modules,
     max_rank: int,
@@ -93,7 +95,7 @@ def gather_shrink(
         hold anything, NaN as well.
     """
     static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuning}
-    sums = _gather(x, None, None, pool, layer, adapters, **static)
+    sums = _gather(x, None, None, pool, layer, work, pages, **static)
     tokens, count, parts, rounds = sums.shape[:4]
     sums = sums.reshape(tokens, count, parts, rounds, GROUPS, SLAB_RANKS, ROUND).sum((2, 4))
     return sums.swapaxes(3, 4).reshape(tokens, count, -1)[:, :, :max_rank]
@@ -104,7 +106,8 @@ def gather_expand(
     h: jax.Array,
     pool: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
+    pages: jax.Array,
     *,
     modules: Modules,
     layout: PageLayout,
@@ -122,7 +125,7 @@ def gather_expand(
     h = jnp.broadcast_to(h, (tokens, count, rounds, GROUPS, SLAB_RANKS, ROUND))
     h = h.reshape(tokens, count, rounds, TILE, ROUND)
     static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuning}
-    return _gather(None, h, y, pool, layer, adapters, **static)
+    return _gather(None, h, y, pool, layer, work, pages, **static)
 
 
 def _gather(
@@ -131,7 +134,8 @@ def _gather(
     y: jax.Array | None,
     pool: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
+    pages: jax.Array,
     *,
     modules: Modules,
     max_rank: int,
@@ -152,7 +156,7 @@ def _gather(
     dtype, layers = pool.dtype, pool.shape[0]
     most_slabs = ceil_div(max_rank, SLAB_RANKS)
     line = jnp.int32(layers) if layer is None else layer
-    stages, blocks = tuning.stages, adapters.work.shape[2]
+    stages, blocks = tuning.stages, work.lines.shape[2]
     # A half alone must not know the other's widths: there may be no such matrix.
     widths = (modules.inputs,) * shrinks + modules.outputs * expands
     unit = min(tuning.copy_tiles, layout.copy_tiles, *map(layout.slab_tiles, widths))
@@ -179,11 +183,11 @@ def _gather(
     sizes = [*sorted({n // TILE % GROUPS for n in modules.outputs} - {0}), GROUPS]
     most_rounds = ceil_div(most_slabs, ROUND)
 
-    def body(given_gmem, pool_gmem, line_gmem, work, scales, page_list, result_gmem) -> None:
+    def body(given_gmem, pool_gmem, line_gmem, lines, scales, page_list, result_gmem) -> None:
         block, module, part = (lax.axis_index(name) for name in ("block", "module", "part"))
         where = line_gmem[0], modules.first + module, block
-        token, count, slabs, a_tile, segment = (work[(*where, f)] for f in range(5))
-        at_hand = [work[(*where, 5 + n)] for n in range(PAGES_AT_HAND)]
+        token, count, slabs, a_tile, segment = (lines[(*where, f)] for f in range(5))
+        at_hand = [lines[(*where, 5 + n)] for n in range(PAGES_AT_HAND)]
         scale = scales[where]
         first_page = lax.div(a_tile, jnp.int32(layout.tiles_per_page))
         if layer is None:
@@ -471,9 +475,9 @@ def _gather(
         given,
         tiled_pool(pool, layout),
         line.reshape(1).astype(jnp.int32),
-        adapters.work,
-        adapters.work_scale,
-        adapters.pages,
+        work.lines,
+        work.scale,
+        pages,
     ]
     out_type: Any = ()
     if y is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA of many tokens over paged adapters, the first half: a Mosaic GPU kernel.
 
-The grouped form, for prefill: a line of `adapters.work` is a block of tokens, rows of a wgmma. A
+The grouped form, for prefill: a line of work is a block of tokens, rows of a wgmma. A
 block lies in 64 rows that start at a multiple of 8, as the swizzle of shared memory does, so it
 must be cut there: `first_token % 8 + tokens <= 64`. Between the halves h lies in memory as float32
 parts, one of each split of the inputs, slab by slab; the slabs of a block are counted through the
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.layout import SLAB_RANKS, TILE, TILE_COLUMNS, PageLayout, ceil_div
 from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
 from pallas_kernels.mosaic import accumulator, choose, swizzled
-from pallas_kernels.segments import Adapters, Modules
+from pallas_kernels.segments import Modules, Work
 
 ROWS = 64  # of a wgmma, in which a block lies
 SLOTS = 8  # slabs that shrink sums at a time
@@ -42,16 +42,16 @@ class ShrinkTuning:
     groups: int = 4
 
 
-class Work:
-    """A block's line of work, read by every thread."""
+class Block:
+    """A line of work, read by every thread."""
 
-    def __init__(self, work: Any, line: Any, modules: Modules, block: Any):
+    def __init__(self, lines: Any, line: Any, modules: Modules, number: Any):
         first = modules.first
         self.first_token, self.tokens, _, _, self.segment = (
-            work[line, first, block, field] for field in range(5)
+            lines[line, first, number, field] for field in range(5)
         )
-        self.slabs = [work[line, first + m, block, 2] for m in range(modules.count)]
-        self.tiles = [work[line, first + m, block, 3] for m in range(modules.count)]
+        self.slabs = [lines[line, first + m, number, 2] for m in range(modules.count)]
+        self.tiles = [lines[line, first + m, number, 3] for m in range(modules.count)]
         self.base = _base(self.first_token)
         self.row = self.first_token - self.base
 
@@ -68,7 +68,8 @@ def grouped_shrink(
     x: jax.Array,
     pool: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
+    pages: jax.Array,
     *,
     modules: Modules,
     max_rank: int,
@@ -82,7 +83,7 @@ def grouped_shrink(
     once for all of them. What no slab fills are columns that nobody reads.
 
     Returns:
-        `[blocks, slabs, parts, 64, 8]`: row r is the token `base + r` (`Work.base`). Only slabs in
+        `[blocks, slabs, parts, 64, 8]`: row r is the token `base + r` (`Block.base`). Only slabs in
         use are written; rows that belong to no token of the block hold anything.
     """
     dtype, layers = pool.dtype, pool.shape[0]
@@ -92,11 +93,11 @@ def grouped_shrink(
     all_steps = ceil_div(modules.inputs, width)
     share = ceil_div(all_steps, parts)
 
-    def body(x_gmem, pool_gmem, line_gmem, work_gmem, pages_gmem, h_gmem):
-        block, part = lax.axis_index("block"), lax.axis_index("part")
+    def body(x_gmem, pool_gmem, line_gmem, lines, pages_gmem, h_gmem):
+        number, part = lax.axis_index("block"), lax.axis_index("part")
         line = line_gmem[0]
-        work = Work(work_gmem, line, modules, block)
-        before = work.before
+        block = Block(lines, line, modules, number)
+        before = block.before
         rounds = lax.div(before[-1] + (SLOTS - 1), jnp.int32(SLOTS))
         first_step = part * share
         steps = jnp.clip(all_steps - first_step, 0, share)
@@ -113,7 +114,7 @@ def grouped_shrink(
                         plgpu.barrier_wait(free.at[stage])
                         plgpu.copy_gmem_to_smem(
                             x_gmem.at[
-                                pl.ds(pl.multiple_of(work.base, 8), ROWS),
+                                pl.ds(pl.multiple_of(block.base, 8), ROWS),
                                 pl.ds(pl.multiple_of(column, width), width),
                             ],
                             x_smem.at[stage],
@@ -128,7 +129,7 @@ def grouped_shrink(
                                 for end in before[1:-1]:
                                     module += (slab >= end).astype(jnp.int32)
                                 stride = layout.slab_tiles(modules.inputs)
-                                tile = choose(module, work.tiles)
+                                tile = choose(module, block.tiles)
                                 tile += (slab - choose(module, before[:-1])) * stride
                                 ahead = lax.div(column, jnp.int32(TILE_COLUMNS))
                                 first_row = lax.div(
@@ -137,7 +138,7 @@ def grouped_shrink(
                                 for j in range(groups):
                                     ranks = tile_rows(
                                         pool_gmem,
-                                        lambda n: pages_gmem[work.segment, n],
+                                        lambda n: pages_gmem[block.segment, n],
                                         line,
                                         tile + ahead,
                                         first_row + SLAB_RANKS * j,
@@ -188,13 +189,13 @@ def grouped_shrink(
 
                         @pl.when(slot < here)
                         def _(slot=slot, columns=columns):
-                            h_gmem[block, round_ * SLOTS + slot, part] = columns
+                            h_gmem[number, round_ * SLOTS + slot, part] = columns
 
             warpgroup = lax.axis_index("warpgroup")
             pl.when(warpgroup == 0)(compute)
             pl.when(warpgroup == 1)(load)
 
-        @pl.when((work.tokens > 0) & (before[-1] > 0))
+        @pl.when((block.tokens > 0) & (before[-1] > 0))
         def _():
             pl.run_scoped(
                 run,
@@ -210,7 +211,7 @@ def grouped_shrink(
 
     missing = -x.shape[0] % 8  # rows are copied 8 at a time
     x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
-    blocks = adapters.work.shape[2]
+    blocks = work.lines.shape[2]
     slabs = modules.count * ceil_div(max_rank, SLAB_RANKS)
     return pl.kernel(
         body,
@@ -222,13 +223,13 @@ def grouped_shrink(
             thread_name="warpgroup",
         ),
         name="lora_grouped_shrink",
-    )(x, tiled_pool(pool, layout), line.reshape(1), adapters.work, adapters.pages)  # pyright: ignore[reportCallIssue]
+    )(x, tiled_pool(pool, layout), line.reshape(1), work.lines, pages)  # pyright: ignore[reportCallIssue]
 
 
 def of_tokens(
     h: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
     *,
     modules: Modules,
     tokens: int,
@@ -240,7 +241,7 @@ def of_tokens(
         `[T, M, R]`. Slabs past a module's rank, and all of a token that has no adapter, hold
         anything, NaN as well.
     """
-    first, size, slabs = _lines(layer, adapters, modules)
+    first, size, slabs = _lines(layer, work, modules)
     token = jnp.arange(tokens)
     inside = (token[:, None] >= first) & (token[:, None] < first + size)
     block = jnp.argmax(inside, axis=1)
@@ -252,15 +253,13 @@ def of_tokens(
     return ranks.reshape(tokens, modules.count, -1)[:, :, :max_rank]
 
 
-def of_blocks(
-    h: jax.Array, layer: jax.Array | None, adapters: Adapters, *, modules: Modules
-) -> jax.Array:
+def of_blocks(h: jax.Array, layer: jax.Array | None, work: Work, *, modules: Modules) -> jax.Array:
     """`[T, M, R]` block by block, as `grouped_expand` wants it, in one part."""
     count, max_rank = h.shape[1:]
     most_slabs = ceil_div(max_rank, SLAB_RANKS)
     h = jnp.pad(h, ((0, 0), (0, 0), (0, most_slabs * SLAB_RANKS - max_rank)))
     h = h.reshape(-1, count, most_slabs, SLAB_RANKS)
-    first, _, slabs = _lines(layer, adapters, modules)
+    first, _, slabs = _lines(layer, work, modules)
     index, ends = jnp.arange(count * most_slabs), jnp.cumsum(slabs, axis=1)
     module = (index >= ends[:, :, None]).sum(axis=1)  # [blocks, slab]
     slab = index - jnp.take_along_axis(ends - slabs, module, axis=1, mode="clip")
@@ -268,9 +267,9 @@ def of_blocks(
     return h.at[token[:, None], module[:, :, None], slab[:, :, None]].get(mode="clip")[:, :, None]
 
 
-def _lines(layer: jax.Array | None, adapters: Adapters, modules: Modules) -> tuple[Any, Any, Any]:
+def _lines(layer: jax.Array | None, work: Work, modules: Modules) -> tuple[Any, Any, Any]:
     """First token and tokens of each block, and the slabs `[blocks, M]` of its modules."""
-    line = adapters.work[-1 if layer is None else layer, modules.places]
+    line = work.lines[-1 if layer is None else layer, modules.places]
     return line[0, :, 0], line[0, :, 1], line[:, :, 2].T
 
 

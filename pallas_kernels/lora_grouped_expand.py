@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -13,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layout import SLAB_RANKS, TILE, PageLayout, ceil_div
-from pallas_kernels.lora_grouped import ROWS, Work
+from pallas_kernels.lora_grouped import ROWS, Block
 from pallas_kernels.lora_tiles import GROUPS, tile_rows, tiled_pool
 from pallas_kernels.mosaic import SHARED_BYTES, WGMMA, accumulator, choose, swizzled
-from pallas_kernels.segments import Adapters, Modules
+from pallas_kernels.segments import Modules, Work
 
 SIZES = (64, 32, 16, 8, 4, 2, 1)  # rows of a copy: any count of tokens is a sum of them
 
@@ -27,7 +28,7 @@ class ExpandTuning:
 
     Attributes:
         width: outputs of a step: 64, 128 or 256; less where a module's outputs are no multiple.
-        steps: of a CTA at most.
+        ctas: as many as the GPU has room for at a time.
         y_stages: steps whose y a CTA has in flight, at most: as many as shared memory holds.
         b_stages: copies of B likewise.
         span: runs of 64 outputs that a slab's copy covers at most: 1, 2, 4 or 8. More make fewer
@@ -36,7 +37,7 @@ class ExpandTuning:
     """
 
     width: int
-    steps: int
+    ctas: int
     y_stages: int
     b_stages: int
     span: int
@@ -47,7 +48,8 @@ def grouped_expand(
     h: jax.Array,
     pool: jax.Array,
     layer: jax.Array | None,
-    adapters: Adapters,
+    work: Work,
+    pages: jax.Array,
     *,
     modules: Modules,
     max_rank: int,
@@ -55,6 +57,11 @@ def grouped_expand(
     tuning: ExpandTuning,
 ) -> jax.Array:
     """`y + s · h Bᵀ` of every block, in place.
+
+    The steps of all blocks, one after another, are dealt out to the CTAs in equal shares: a step
+    without more than copying y to do may be the only one of many CTAs, or one of many. What a CTA
+    does of one module of one block is a run: it has h at hand for all of it. Loads run ahead across
+    runs.
 
     A slab's copy is `8 * span` rows of a tile, `[(j, i), 64]`: ranks i of the run's outputs
     `64 * j ...`. `8 / span` slabs are one operand `[(slab, j, i), 64]`, and outputs j of it are its
@@ -75,93 +82,124 @@ def grouped_expand(
     rows = span * SLAB_RANKS
     most_rounds = ceil_div(most_slabs, slots)
     computing = 2 if groups % 2 == 0 else 1  # warpgroups
-    chunks = [ceil_div(n // width, tuning.steps) for n in modules.outputs]
-    shares = [ceil_div(n // width, c) for n, c in zip(modules.outputs, chunks, strict=True)]
+    steps_of = [n // width for n in modules.outputs]
+    steps_before = [sum(steps_of[:m]) for m in range(modules.count)]
+    ctas = min(tuning.ctas, work.lines.shape[2] * sum(steps_of))
     h_rows = ROWS + (span - 1) * SLAB_RANKS
     b_stages, tile_bytes = tuning.b_stages, ROWS * TILE * dtype.itemsize
     others = b_stages * subs * tile_bytes + 2 * most_rounds * h_rows * ROWS * dtype.itemsize
     y_stages = min(tuning.y_stages, (SHARED_BYTES - others) // (groups * tile_bytes))
 
-    def body(y_gmem, h_gmem, pool_gmem, line_gmem, work_gmem, scales, pages_gmem):
-        block, chunk = lax.axis_index("block"), lax.axis_index("chunk")
+    def body(y_gmem, h_gmem, pool_gmem, line_gmem, lines, scales, count, pages_gmem):
         line = line_gmem[0]
-        work = Work(work_gmem, line, modules, block)
-        module, starts = jnp.int32(0), [sum(chunks[:m]) for m in range(modules.count)]
-        for start in starts[1:]:
-            module += (chunk >= start).astype(jnp.int32)
-        slabs, first_slab = choose(module, work.slabs), choose(module, work.before[:-1])
-        rounds = lax.div(slabs + (slots - 1), jnp.int32(slots))
-        first_step = (chunk - choose(module, starts)) * choose(module, shares)
-        left = choose(module, [n // width for n in modules.outputs]) - first_step
-        steps = jnp.minimum(choose(module, shares), left)
-        first_column = choose(module, [sum(modules.outputs[:m]) for m in range(modules.count)])
+        all_steps = count[0] * sum(steps_of)
+        share = lax.div(all_steps + (ctas - 1), jnp.int32(ctas))
+        first = jnp.minimum(lax.axis_index("cta") * share, all_steps)
+        last = jnp.minimum(first + share, all_steps)
 
-        def for_rows(do: Callable[[int, Any, Any], None]) -> None:
-            """The block's rows in copies: calls `do(kind of copy, rows of y, rows in memory)`."""
-            for kind, size in enumerate(SIZES):
-                done = work.tokens & ~(2 * size - 1)
+        def run_at(step: Any) -> Any:
+            block = lax.div(step, jnp.int32(sum(steps_of)))
+            module = jnp.int32(0)
+            for before in steps_before[1:]:
+                module += (step - block * sum(steps_of) >= before).astype(jnp.int32)
+            return block * modules.count + module
 
-                @pl.when((work.tokens & size) != 0)
-                def _(kind=kind, size=size, done=done):
-                    do(kind, pl.ds(work.first_token + done, size), pl.ds(work.row + done, size))
+        class Run:
+            """Some steps of a module of a block; none if the module is not adapted."""
 
-        def columns(step: Any, group: int) -> Any:
-            first = first_column + (first_step + step) * width + group * TILE
-            return pl.ds(pl.multiple_of(first, TILE), TILE)
+            def __init__(self, number: Any):
+                self.number = lax.div(number, jnp.int32(modules.count))
+                self.module = number - self.number * modules.count
+                self.block = Block(lines, line, modules, self.number)
+                self.slabs = choose(self.module, self.block.slabs)
+                self.first_slab = choose(self.module, self.block.before[:-1])
+                self.rounds = lax.div(self.slabs + (slots - 1), jnp.int32(slots))
+                begin = self.number * sum(steps_of) + choose(self.module, steps_before)
+                self.first_step = jnp.maximum(first - begin, 0)
+                steps = jnp.minimum(last - begin, choose(self.module, steps_of)) - self.first_step
+                self.steps = jnp.where(self.slabs > 0, steps, 0)
 
-        def run(y_smem, b_smem, h_smem, y_ready, y_free, b_ready, b_free, h_ready):
+            def columns(self, step: Any, group: int) -> Any:
+                """Of y."""
+                start = choose(self.module, [before * width for before in steps_before])
+                start += (self.first_step + step) * width + group * TILE
+                return pl.ds(pl.multiple_of(start, TILE), TILE)
+
+            def for_rows(self, do: Callable[[int, Any, Any], None]) -> None:
+                """The block's rows in copies: calls `do(kind of copy, rows of y, in memory)`."""
+                for kind, size in enumerate(SIZES):
+                    done = self.block.tokens & ~(2 * size - 1)
+
+                    @pl.when((self.block.tokens & size) != 0)
+                    def _(kind=kind, size=size, done=done):
+                        rows_gmem = pl.ds(self.block.first_token + done, size)
+                        do(kind, rows_gmem, pl.ds(self.block.row + done, size))
+
+        def for_runs(do: Callable[[Run, Any, Any], None]) -> None:
+            """Calls `do(run, steps before it, copies of B before it)`."""
+
+            def one(number, before):
+                steps, copies = before
+                run = Run(number)
+                do(run, steps, copies)
+                return steps + run.steps, copies + run.steps * run.rounds
+
+            end = jnp.where(last > first, run_at(last - 1) + 1, 0)
+            lax.fori_loop(run_at(first), end, one, (jnp.int32(0), jnp.int32(0)))
+
+        def threads(y_smem, b_smem, h_smem, y_ready, y_free, b_ready, b_free, h_ready, h_free):
             # Free to begin with, and again in the end: the loader may always wait for them.
             free = [y_free.at[stage] for stage in range(y_stages)]
             free += [b_free.at[stage] for stage in range(b_stages)]
 
-            def load():
-                stride = choose(module, [layout.slab_tiles(n) for n in modules.outputs])
+            def load(run: Run, steps_done: Any, copies_done: Any) -> None:
+                block, slabs = run.block, run.slabs
+                stride = choose(run.module, [layout.slab_tiles(n) for n in modules.outputs])
                 a_tiles = slabs * layout.slab_tiles(modules.inputs)
                 aligned = jnp.int32(layout.copy_tiles)
-                b_tile = choose(module, work.tiles)
+                b_tile = choose(run.module, block.tiles)
                 b_tile += lax.div(a_tiles + (aligned - 1), aligned) * aligned
 
-                @pl.when(lax.rem(slabs, jnp.int32(slots)) != 0)
-                def _():  # slots without a slab: zero times anything, but not times NaN
-                    for stage in range(b_stages):
-                        for sub in range(subs):
-                            zeros = jnp.zeros((ROWS, TILE), dtype)
-                            zeros = plgpu.layout_cast(zeros, WGMMA)
-                            b_smem[stage, sub] = zeros
-                    plgpu.commit_smem()
-
-                @pl.loop(0, steps)
+                @pl.loop(0, run.steps)
                 def _(step):
-                    y_stage = lax.rem(step, jnp.int32(y_stages))
+                    y_stage = lax.rem(steps_done + step, jnp.int32(y_stages))
                     plgpu.barrier_wait(y_free.at[y_stage])
 
                     def load_y(kind, rows_gmem, rows_smem):
                         for group in range(groups):
                             plgpu.copy_gmem_to_smem(
-                                y_gmem.at[rows_gmem, columns(step, group)],
+                                y_gmem.at[rows_gmem, run.columns(step, group)],
                                 y_smem.at[y_stage, group, rows_smem],
                                 y_ready.at[y_stage * len(SIZES) + kind],
                             )
 
-                    for_rows(load_y)
+                    run.for_rows(load_y)
 
-                    @pl.loop(0, rounds)
+                    @pl.loop(0, run.rounds)
                     def _(round_):
-                        at = step * rounds + round_
+                        at = copies_done + step * run.rounds + round_
                         stage = lax.rem(at, jnp.int32(b_stages))
                         plgpu.barrier_wait(b_free.at[stage])
+
+                        @pl.when((round_ + 1) * slots > slabs)
+                        def _():  # slots without a slab: zero times anything, but not times NaN
+                            for sub in range(subs):
+                                zeros = jnp.zeros((ROWS, TILE), dtype)
+                                b_smem[stage, sub] = plgpu.layout_cast(zeros, WGMMA)
+                            plgpu.commit_smem()
+
                         for slot in range(slots):
                             slab = round_ * slots + slot
 
                             @pl.when(slab < slabs)
                             def _(slot=slot, slab=slab):
                                 for sub in range(subs):
-                                    group = (first_step + step) * groups + sub * span
+                                    group = (run.first_step + step) * groups + sub * span
                                     ahead = lax.div(group, jnp.int32(GROUPS))
                                     plgpu.copy_gmem_to_smem(
                                         tile_rows(
                                             pool_gmem,
-                                            lambda n: pages_gmem[work.segment, n],
+                                            lambda n: pages_gmem[block.segment, n],
                                             line,
                                             b_tile + slab * stride + ahead,
                                             (group - ahead * GROUPS) * SLAB_RANKS,
@@ -173,12 +211,14 @@ def grouped_expand(
                                         b_ready.at[stage * slots + slot],
                                     )
 
+            def load_all() -> None:
+                for_runs(load)
                 for barrier in free:
                     plgpu.barrier_wait(barrier)
 
-            def prepare_h():
+            def prepare_h(run: Run) -> None:
                 """Adds up the parts of h; high in `h_smem[0]`, low in `h_smem[1]`."""
-                scale = scales[line, modules.first + module, block]
+                scale = scales[line, modules.first + run.module, run.number]
 
                 def put(round_, row, high, low):
                     where = pl.ds(row, SLAB_RANKS)
@@ -187,18 +227,18 @@ def grouped_expand(
 
                 zeros = plgpu.layout_cast(jnp.zeros((ROWS, SLAB_RANKS), dtype), WGMMA)
 
-                @pl.loop(0, rounds)
+                @pl.loop(0, run.rounds)
                 def _(round_):
                     for atom in range(h_rows // SLAB_RANKS):
                         slot, rest = divmod(atom - (span - 1), span)
                         slab = round_ * slots + slot
                         row = atom * SLAB_RANKS
-                        used = slab < slabs if rest == 0 and slot >= 0 else jnp.bool(False)
+                        used = slab < run.slabs if rest == 0 and slot >= 0 else jnp.bool(False)
 
                         @pl.when(used)
                         def _(slab=slab, row=row):
                             def part(p):
-                                of_part = h_gmem.at[block, first_slab + slab, p]
+                                of_part = h_gmem.at[run.number, run.first_slab + slab, p]
                                 return plgpu.load(of_part, layout=WGMMA, optimized=False)
 
                             total = part(0)
@@ -212,25 +252,29 @@ def grouped_expand(
 
                 plgpu.commit_smem()
 
-            def compute(warpgroup: int):
-                for barrier in free:
-                    plgpu.barrier_arrive(barrier)
-                pl.when(jnp.bool(warpgroup == 0))(prepare_h)
+            def compute(warpgroup: int, run: Run, steps_done: Any, copies_done: Any) -> None:
+                plgpu.barrier_arrive(h_free)
+
+                @pl.when(jnp.bool(warpgroup == 0))
+                def _():
+                    plgpu.barrier_wait(h_free)
+                    prepare_h(run)
+
                 plgpu.barrier_arrive(h_ready)
                 plgpu.barrier_wait(h_ready)
                 own = groups // computing
                 mine = range(warpgroup * own, warpgroup * own + own)
 
-                @pl.loop(0, steps)
+                @pl.loop(0, run.steps)
                 def _(step):
                     def products(*accs):
-                        @pl.loop(0, rounds)
+                        @pl.loop(0, run.rounds)
                         def _(round_):
-                            at = step * rounds + round_
+                            at = copies_done + step * run.rounds + round_
                             stage = lax.rem(at, jnp.int32(b_stages))
                             for slot in range(slots):
 
-                                @pl.when(round_ * slots + slot < slabs)
+                                @pl.when(round_ * slots + slot < run.slabs)
                                 def _(slot=slot):
                                     plgpu.barrier_wait(b_ready.at[stage * slots + slot])
 
@@ -249,8 +293,8 @@ def grouped_expand(
                         return [acc[...] for acc in accs]
 
                     deltas = pl.run_scoped(products, *[accumulator(ROWS, TILE)] * own)
-                    stage = lax.rem(step, jnp.int32(y_stages))
-                    for_rows(
+                    stage = lax.rem(steps_done + step, jnp.int32(y_stages))
+                    run.for_rows(
                         lambda kind, *_: plgpu.barrier_wait(y_ready.at[stage * len(SIZES) + kind])
                     )
                     for group, delta in zip(mine, deltas, strict=True):
@@ -262,11 +306,11 @@ def grouped_expand(
                         for group in mine:
                             plgpu.copy_smem_to_gmem(
                                 y_smem.at[stage, group, rows_smem],
-                                y_gmem.at[rows_gmem, columns(step, group)],
+                                y_gmem.at[rows_gmem, run.columns(step, group)],
                                 commit_group=False,
                             )
 
-                    for_rows(store_y)
+                    run.for_rows(store_y)
                     plgpu.commit_smem_to_gmem_group()
 
                     # The step before has left shared memory, while this one is leaving.
@@ -274,20 +318,29 @@ def grouped_expand(
 
                     @pl.when(step > 0)
                     def _():
-                        plgpu.barrier_arrive(y_free.at[lax.rem(step - 1, jnp.int32(y_stages))])
+                        before = lax.rem(steps_done + step - 1, jnp.int32(y_stages))
+                        plgpu.barrier_arrive(y_free.at[before])
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(y_free.at[lax.rem(steps - 1, jnp.int32(y_stages))])
+                @pl.when(run.steps > 0)
+                def _():
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    end = lax.rem(steps_done + run.steps - 1, jnp.int32(y_stages))
+                    plgpu.barrier_arrive(y_free.at[end])
+
+            def compute_all(warpgroup: int) -> None:
+                for barrier in free:
+                    plgpu.barrier_arrive(barrier)
+                for_runs(partial(compute, warpgroup))
 
             warpgroup = lax.axis_index("warpgroup")
             for w in range(computing):
-                pl.when(warpgroup == w)(lambda w=w: compute(w))
-            pl.when(warpgroup == computing)(load)
+                pl.when(warpgroup == w)(partial(compute_all, w))
+            pl.when(warpgroup == computing)(load_all)
 
-        @pl.when((work.tokens > 0) & (slabs > 0) & (steps > 0))
+        @pl.when(last > first)
         def _():
             pl.run_scoped(
-                run,
+                threads,
                 plgpu.SMEM((y_stages, groups, ROWS, TILE), dtype, transforms=swizzled(rows=1)),
                 plgpu.SMEM((b_stages, subs, ROWS, TILE), dtype, transforms=swizzled()),
                 plgpu.SMEM((2, most_rounds, h_rows, ROWS), dtype, transforms=swizzled()),
@@ -295,6 +348,7 @@ def grouped_expand(
                 plgpu.Barrier(num_arrivals=computing, num_barriers=y_stages),
                 plgpu.Barrier(num_arrivals=subs, num_barriers=b_stages * slots),
                 plgpu.Barrier(num_arrivals=computing, num_barriers=b_stages),
+                plgpu.Barrier(num_arrivals=computing),
                 plgpu.Barrier(num_arrivals=computing),
                 collective_axes="warpgroup",
             )
@@ -304,8 +358,8 @@ def grouped_expand(
         body,
         out_type=(),
         mesh=plgpu.Mesh(
-            grid=(adapters.work.shape[2], sum(chunks)),
-            grid_names=("block", "chunk"),
+            grid=(ctas,),
+            grid_names=("cta",),
             num_threads=computing + 1,
             thread_name="warpgroup",
         ),
@@ -315,8 +369,9 @@ def grouped_expand(
         h,  # pyright: ignore[reportCallIssue]
         tiled_pool(pool, layout),
         line.reshape(1),
-        adapters.work,
-        adapters.work_scale,
-        adapters.pages,
+        work.lines,
+        work.scale,
+        work.count,
+        pages,
     )
     return result[...]

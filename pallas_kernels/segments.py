@@ -6,11 +6,33 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import SLAB_RANKS, PageLayout, ceil_div
 
 PAGES_AT_HAND = 3  # pages of a module that a line of work holds: the rest of its 32 bytes
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Work:
+    """What one kernel has to do, as a list: see `with_work`.
+
+    A line is at most `block` consecutive tokens of a segment. For each module it says: first token,
+    tokens, slabs, first tile of A, segment, and the pages from that tile's on, as many as there is
+    room for. Lines without tokens come last.
+    """
+
+    lines: Int[Array, "lines M n 8"]  # 32 bytes: one sector of a cache line
+    scale: Float[Array, "lines M n"]
+    count: Int[Array, " 1"]  # lines that have tokens
+    block: int = field(metadata={"static": True})
+
+    def has(self, tokens: int) -> Bool[Array, " T"]:
+        """Which of a step's tokens are here."""
+        first, size = self.lines[0, 0, :, 0], self.lines[0, 0, :, 1]
+        token = jnp.arange(tokens)[:, None]
+        return ((token >= first) & (token < first + size)).any(axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -28,9 +50,7 @@ class Adapters:
     rank: Int[Array, "G lines M"]  # 0: not adapted
     first_tile: Int[Array, "G lines M"]  # of A; B follows it, see `PageLayout.b_first_tile`
     scale: Float[Array, "G lines M"]
-    work: Int[Array, "lines M n 8"]  # the same as a list of work for kernels, see `with_work`
-    work_scale: Float[Array, "lines M n"]
-    block: int = field(metadata={"static": True})  # most tokens of a line of `work`
+    work: tuple[Work, ...]  # the same for kernels: every token that has an adapter is in one list
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +94,47 @@ def with_work(
     layout: PageLayout,
     tokens: int,
     block: int = 1,
+    few: int = 0,
 ) -> Adapters:
-    """The adapters of a step of at most `tokens` tokens, cut at multiples of `block`.
+    """The adapters of a step of at most `tokens` tokens.
 
-    Made once a step for all layers: a kernel finds a block's work in one line of `work`: its first
-    token, tokens, slabs, first tile of A, segment and the pages from that tile's on, as many as
-    there is room for; and in `work_scale` the scale. Lines without tokens come last. Blocks of 1
-    are for decode, where tokens are single; of 64, the rows of a tensor-core operand, for prompts.
+    The lists of work are made once a step, for all layers. With `block` 1 there is one of single
+    tokens, as decode has them. Else there is one of blocks, which are cut at multiples of `block`:
+    64 are the rows of a tensor-core operand, for prompts. Where a block would be nearly empty, it
+    is better to take each token on its own: runs of at most `few` tokens are in a list of single
+    ones.
     """
     segments = length.shape[0]
-    count = min(tokens, segments + tokens // block)
+    tables = pages, rank, first_tile, scale
+    if block == 1:
+        work = (_work(length, length > 0, *tables, layout, block=1, count=tokens),)
+    else:
+        runs = min(segments, tokens // (few + 1))
+        count = min(tokens, runs + tokens // block)
+        work = (_work(length, length > few, *tables, layout, block=block, count=count),)
+        if few:
+            single, count = (length > 0) & (length <= few), min(tokens, segments * few)
+            work += (_work(length, single, *tables, layout, block=1, count=count),)
+    return Adapters(length, *tables, work)
+
+
+def _work(
+    length: Int[Array, " G"],
+    chosen: Bool[Array, " G"],
+    pages: Int[Array, "G N"],
+    rank: Int[Array, "G lines M"],
+    first_tile: Int[Array, "G lines M"],
+    scale: Float[Array, "G lines M"],
+    layout: PageLayout,
+    *,
+    block: int,
+    count: int,
+) -> Work:
+    """The tokens of some runs, cut at multiples of `block`, in at most `count` lines."""
+    segments = length.shape[0]
     end = jnp.cumsum(length)
     start = end - length
-    blocks = jnp.where(length > 0, ceil_div(end, block) - start // block, 0)
+    blocks = jnp.where(chosen, ceil_div(end, block) - start // block, 0)
     ends, index = jnp.cumsum(blocks), jnp.arange(count)
     segment = jnp.minimum((index[:, None] >= ends).sum(1), segments - 1)
     window = (start[segment] // block + index - (ends - blocks)[segment]) * block
@@ -112,9 +160,9 @@ def with_work(
         jnp.broadcast_to(segment[:, None, None], shape),
         *(page.reshape(rank.shape)[segment] for page in at_hand),
     ]
-    work = jnp.stack(fields, axis=-1).astype(jnp.int32)  # 32 bytes: one sector of a cache line
-    work, scales = work.transpose(1, 2, 0, 3), scale[segment].transpose(1, 2, 0)
-    return Adapters(length, pages, rank, first_tile, scale, work, scales, block)
+    lines = jnp.stack(fields, axis=-1).astype(jnp.int32).transpose(1, 2, 0, 3)
+    scales = scale[segment].transpose(1, 2, 0)
+    return Work(lines, scales, ends[-1:].astype(jnp.int32), block)
 
 
 def module_table(adapters: Adapters, layer: Int[Array, ""] | None, modules: Modules) -> ModuleTable:

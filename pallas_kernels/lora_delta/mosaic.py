@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora_delta` on Mosaic GPU: one launch for single tokens, two where many share an adapter."""
+"""`lora_delta` on Mosaic GPU: a launch for single tokens, two for blocks of them."""
 
 from pallas_kernels.backend import tuned
 from pallas_kernels.layout import TILE, PageLayout
@@ -15,11 +15,14 @@ from pallas_kernels.segments import Modules
 
 def lora_delta(x, y, pool, layer, adapters, *, modules: Modules, max_rank: int, layout: PageLayout):
     """See `pallas_kernels.lora_delta.lora_delta`; odd widths are left to the reference."""
-    where = pool, layer, adapters
     static = {"modules": modules, "max_rank": max_rank, "layout": layout}
     if any(width % TILE for width in (modules.inputs, *modules.outputs)):
-        return reference.lora_delta(x, y, *where, **static)
-    if adapters.block == 1:
-        return lora_gather(x, y, *where, **static, tuning=tuned(GATHER))
-    h = grouped_shrink(x, *where, **static, tuning=tuned(shrink.GROUPED))
-    return grouped_expand(y, h, *where, **static, tuning=expand.grouped(max_rank))
+        return reference.lora_delta(x, y, pool, layer, adapters, **static)
+    for work in adapters.work:
+        where = pool, layer, work, adapters.pages
+        if work.block == 1:
+            y = lora_gather(x, y, *where, **static, tuning=tuned(GATHER))
+        else:
+            h = grouped_shrink(x, *where, **static, tuning=tuned(shrink.GROUPED))
+            y = grouped_expand(y, h, *where, **static, tuning=expand.grouped(max_rank))
+    return y

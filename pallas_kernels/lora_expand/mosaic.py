@@ -13,13 +13,16 @@ from pallas_kernels.segments import Modules
 
 def lora_expand(y, h, pool, layer, adapters, *, modules: Modules, layout: PageLayout):
     """See `pallas_kernels.lora_expand.lora_expand`; odd widths are left to the reference."""
-    where = pool, layer, adapters
     static = {"modules": modules, "layout": layout}
     if any(width % TILE for width in modules.outputs):
-        return reference.lora_expand(y, h, *where, **static)
-    if adapters.block == 1:
-        return gather_expand(y, h, *where, **static, tuning=tuned(SINGLE))
-    max_rank = h.shape[2]
-    blocks = of_blocks(h, layer, adapters, modules=modules)
-    static |= {"max_rank": max_rank, "tuning": grouped(max_rank)}
-    return grouped_expand(y, blocks, *where, **static)
+        return reference.lora_expand(y, h, pool, layer, adapters, **static)
+    for work in adapters.work:
+        where = pool, layer, work, adapters.pages
+        if work.block == 1:
+            y = gather_expand(y, h, *where, **static, tuning=tuned(SINGLE))
+        else:
+            max_rank = h.shape[2]
+            blocks = of_blocks(h, layer, work, modules=modules)
+            sized = static | {"max_rank": max_rank, "tuning": grouped(max_rank)}
+            y = grouped_expand(y, blocks, *where, **sized)
+    return y

@@ -15,17 +15,21 @@ from pallas_kernels.slabs import owners
 
 def lora_shrink(x, pool, layer, adapters, *, modules: Modules, max_rank: int, layout: PageLayout):
     """See `pallas_kernels.lora_shrink.lora_shrink`; odd widths are left to the reference."""
-    where = pool, layer, adapters
+    tokens = x.shape[0]
     static = {"modules": modules, "max_rank": max_rank, "layout": layout}
     if modules.inputs % TILE:
-        return reference.lora_shrink(x, *where, **static)
-    if adapters.block == 1:
-        h = gather_shrink(x, *where, **static, tuning=tuned(SINGLE))
-    else:
-        blocks = grouped_shrink(x, *where, **static, tuning=tuned(GROUPED))
-        size = {"tokens": x.shape[0], "max_rank": max_rank}
-        h = of_tokens(blocks, layer, adapters, modules=modules, **size)
-    mine = owners(adapters, x.shape[0])[:, :, None]
+        return reference.lora_shrink(x, pool, layer, adapters, **static)
+    h = jnp.zeros((tokens, modules.count, max_rank), jnp.float32)
+    for work in adapters.work:
+        where = pool, layer, work, adapters.pages
+        if work.block == 1:
+            found = gather_shrink(x, *where, **static, tuning=tuned(SINGLE))
+        else:
+            blocks = grouped_shrink(x, *where, **static, tuning=tuned(GROUPED))
+            size = {"tokens": tokens, "max_rank": max_rank}
+            found = of_tokens(blocks, layer, work, modules=modules, **size)
+        h = jnp.where(work.has(tokens)[:, None, None], found, h)
+    mine = owners(adapters, tokens)[:, :, None]
     rank = jnp.where(mine, module_table(adapters, layer, modules).rank, 0).sum(axis=1)  # [T, M]
     # What no kernel wrote may be NaN: select, never multiply by zero.
     return jnp.where(jnp.arange(max_rank) < rank[:, :, None], h, 0.0)

@@ -31,7 +31,9 @@ from slora_jax.model.llama import Lora, LoraMode, LoraTables, forward, head
 from slora_jax.model.shards import ModelShards
 from slora_jax.model.weights import LlamaWeights
 
-PROMPT_BLOCK = 64  # tokens that LoRA takes together where there are prompts
+# Where there are prompts: tokens that LoRA takes together, and of how few in a run it takes each on
+# its own, most being others' decodes.
+PROMPT_BLOCK, FEW = 64, 8
 HEAD_ROWS = 64  # rows of logits that exist at once when a prompt's log-probabilities are asked for
 
 # XLA's all-reduces run on a stream of their own by default, for other work to go on beside them.
@@ -99,6 +101,7 @@ def _lora(shape: StepShape, tables: LoraTables, inputs: StepInputs) -> Lora | No
         inputs.segment_tokens,
         shape.bucket.tokens,
         block=1 if shape.decode else PROMPT_BLOCK,
+        few=FEW,
         how=ShardedLora(shape.max_rank, shape.layout, shape.backend, shape.tensor, partition),
         adapted=shape.adapted,
     )
@@ -166,7 +169,7 @@ def _model_step(weights, pool, page_table, last_token, tables, packed, *, shape:
     last = hidden.at[inputs.query_start + inputs.query_len - 1].get(mode="clip")
     if lora is not None:
         rows = shape.bucket.rows
-        lora = lora.over(inputs.segment_rows, rows, 1) if shape.lora_mode == "all" else None
+        lora = lora.over(inputs.segment_rows, rows) if shape.lora_mode == "all" else None
     return _head(weights, last, pool, lora, shape), hidden, pool, page_table
 
 
@@ -205,7 +208,7 @@ def _prompt_logprobs(weights, pool, tables, packed, hidden, targets, *, shape: S
         part = lora
         if part is not None:
             inside = jnp.clip(ends, first, first + rows)
-            part = part.over(jnp.diff(inside, prepend=first), rows, 1)
+            part = part.over(jnp.diff(inside, prepend=first), rows)
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, rows)
         logits = _head(weights, chunk, pool, part, shape)
         return sampler.logprobs(logits, jax.lax.dynamic_slice_in_dim(targets, first, rows), k)

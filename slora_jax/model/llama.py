@@ -71,20 +71,21 @@ class Lora:
         length: Int[Array, " G"],
         tokens: int,
         block: int,
+        few: int,
         how: ShardedLora,
         adapted: frozenset[str],
     ) -> "Lora":
         """Runs of `length` tokens, of `tokens` in all, on the adapters in slots `slot`."""
         rank = _held(tables.rank[slot], how)
         lines = tables.pages[slot], rank, tables.first_tile[slot], tables.scale[slot]
-        size = {"layout": how.layout, "tokens": tokens, "block": block}
+        size = {"layout": how.layout, "tokens": tokens, "block": block, "few": few}
         return cls(with_work(length, *lines, **size), how, adapted)
 
-    def over(self, length: Int[Array, " G"], tokens: int, block: int) -> "Lora":
-        """The same adapters over other tokens."""
+    def over(self, length: Int[Array, " G"], tokens: int) -> "Lora":
+        """The same adapters over other tokens, single ones."""
         old = self.adapters
         lines = old.pages, old.rank, old.first_tile, old.scale
-        size = {"layout": self.how.layout, "tokens": tokens, "block": block}
+        size = {"layout": self.how.layout, "tokens": tokens}
         return replace(self, adapters=with_work(length, *lines, **size))
 
 

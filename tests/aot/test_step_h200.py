@@ -52,14 +52,14 @@ def test_xla_step_aliases_the_pool(tokens, lora_mode):
 @pytest.mark.parametrize(
     ("tokens", "lora_mode", "of_layer", "of_head"),
     [
-        # 4 projections, RoPE with the KV write, attention; LoRA of each projection, for prompts in
-        # two halves.
+        # 4 projections, RoPE with the KV write, attention; LoRA of each projection. With prompts:
+        # attention of those and of decodes, LoRA in two halves and of single tokens.
         (ROWS, "none", 6, 1),
         (ROWS, "layers", 6 + 4, 1),
         (ROWS, "all", 6 + 4, 2),
-        (128, "none", 6, 1),
-        (128, "all", 6 + 4 * 2, 2),
-        (512, "all", 2 + 4 * 2, 2),  # projections of many tokens are XLA's
+        (128, "none", 7, 1),
+        (128, "all", 7 + 4 * 3, 2),
+        (512, "all", 3 + 4 * 3, 2),  # projections of many tokens are XLA's
     ],
     ids=lambda value: str(value),
 )

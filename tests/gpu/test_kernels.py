@@ -173,6 +173,7 @@ def check_matmul(tokens, inputs, outputs):
 
 
 RANKS = [16, 1, 256, 7, 64, 100, 8, 33]
+FEW = 2  # of a run: single tokens beside blocks
 LORA = [
     (LARGE, "qkv"),
     ("llama-2-13b", "down"),
@@ -206,7 +207,8 @@ def test_half_modules(config, layout, block):
     ]
     pages_each = ceil_div(max(tiles), layout.tiles_per_page)
     pages = Pages(layout, layers=2, pages=pages_each * len(RANKS) + 1)
-    lora = RandomAdapters(pages, table, lengths, 0, outputs, LAYER, tokens, pages_each, block)
+    shape = table, lengths, 0, outputs, LAYER, tokens, pages_each, block
+    lora = RandomAdapters(pages, *shape, few=FEW)
     y, rng = normal(2, tokens, sum(outputs)), np.random.default_rng(3)
     h = rng.standard_normal((tokens, 3, max(RANKS)))
     h *= np.arange(max(RANKS)) < np.asarray(table)[np.r_[lora.owner, [0] * 5], :, None]
@@ -246,7 +248,7 @@ def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, l
     pages_each = ceil_div(max(tiles), layout.tiles_per_page)
     pages = Pages(layout, layers=2, pages=pages_each * len(ranks) + 1)
     shape = table, lengths, inputs, outputs, layer, tokens, pages_each, block
-    lora = RandomAdapters(pages, *shape)
+    lora = RandomAdapters(pages, *shape, few=FEW)
     x, y = normal(1, tokens, inputs), normal(2, tokens, sum(outputs))
     h = lora.shrink(np.asarray(x, np.float64), max(ranks))
     want = lora.expand(np.asarray(y, np.float64), h, outputs)
@@ -255,7 +257,7 @@ def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, l
     if large:
         pool, numbers = at_the_end(pool, adapters.pages)
         tables = adapters.rank, adapters.first_tile, adapters.scale
-        size = {"layout": layout, "tokens": tokens, "block": block}
+        size = {"layout": layout, "tokens": tokens, "block": block, "few": FEW}
         adapters = with_work(adapters.length, numbers, *tables, **size)  # `work` has pages, too
     line = None if layer is None else ints(layer)
     static = {"modules": lora.modules, "layout": layout, "backend": "mosaic"}

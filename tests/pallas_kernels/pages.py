@@ -90,6 +90,7 @@ class RandomAdapters:
         tokens: int,
         pages_each: int = 24,
         block: int = 8,
+        few: int = 0,
     ):
         layout, rng = pages.layout, pages.rng
         self.modules = Modules(FIRST_MODULE, inputs, outputs)
@@ -120,7 +121,7 @@ class RandomAdapters:
         for table, values in zip(tables, (self.ranks, first_tile, self.scale), strict=True):
             table[:, line, places] = values
         ints = (jnp.asarray(x, jnp.int32) for x in (lengths, lists, *tables[:2]))
-        size = {"layout": layout, "tokens": tokens, "block": block}
+        size = {"layout": layout, "tokens": tokens, "block": block, "few": few}
         self.adapters = with_work(*ints, jnp.asarray(tables[2]), **size)
         self.owner = np.repeat(np.arange(len(lengths)), lengths)  # segment of each token
 

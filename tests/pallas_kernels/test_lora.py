@@ -95,10 +95,11 @@ def test_delta(backend, dtype, block, case):
 
 
 def check_delta(
-    pages, delta, backend, dtype, block, ranks, lengths, inputs, outputs, layer, base=BASE
+    pages, delta, backend, dtype, block, ranks, lengths, inputs, outputs, layer, base=BASE, few=0
 ):
     tokens = sum(lengths) + base
-    lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, block=block)
+    work = {"block": block, "few": few}
+    lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, **work)
     x, y = numbers(pages, tokens, inputs), numbers(pages, tokens, sum(outputs))
     max_rank = max(MAX_RANK, int(lora.ranks.max()))
     static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
@@ -117,6 +118,14 @@ def test_delta_of_runs_longer_than_a_block(delta, backend, dtype):
     pages = Pages(LAYOUTS["wide"])
     ranks, lengths = [[8, 3], [0, 24], [5, 5], [1, 0]], [13, 70, 1, 60]
     check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
+
+
+@WAYS
+def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
+    """Both kernels on one step: neither touches the other's tokens."""
+    pages = Pages(LAYOUTS["wide"])
+    ranks, lengths = [[8, 3], [24, 0], [5, 5], [16, 8]], [2, 67, 1, 4]
+    check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 128, (128, 64), 1, few=2)
 
 
 APART = (
