@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.fixed_split import split
 from benchmarks.record import Recorder, say
-from benchmarks.settings import SETTINGS, add_workload_arguments, arrivals_of
+from benchmarks.settings import SETTINGS, add_workload_arguments, arrivals_of, runs_of
 from benchmarks.trace import TraceServer, add_engine_arguments, record
 from slora_jax.scheduling.choice import make_policy
 from slora_jax.scheduling.options import SchedulingOptions
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = recorder.ceilings(small=args.setting == "tiny", beside="ablations")
 
     def run_all(server: TraceServer, variations: Mapping[str, Variation]) -> None:
-        for run in range(args.repetitions):
+        for run in runs_of(args):
             for name, one in variations.items():
                 adapters = args.adapters if one.adapters is None else one.adapters
                 with one.on(server):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import Recorder, say
-from benchmarks.settings import add_workload_arguments, arrivals_of
+from benchmarks.settings import add_workload_arguments, arrivals_of, runs_of
 from benchmarks.trace import TraceServer, add_engine_arguments, counts, record
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = recorder.ceilings(small=args.setting == "tiny", beside="adapters")
     with tempfile.TemporaryDirectory() as directory:
         server = TraceServer(args, Path(directory), adapters=max(args.adapters))
-        for run in range(args.repetitions):
+        for run in runs_of(args):
             rates: dict[int, float] = {}
             for adapters in sorted(args.adapters):
                 found, steady = server.run(arrivals_of(args, adapters))

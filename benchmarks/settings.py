@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,20 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         help="uniform in [8, 512); arena: exponential, with the means of S-LoRA's real trace",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the trace")
+
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    """How often each row is measured, and where the results go."""
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")
+    parser.add_argument(
+        "--first-run", type=int, default=0, help="its number, where several commands make the runs"
+    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
+
+
+def runs_of(args: argparse.Namespace) -> range:
+    """The numbers of the runs that the arguments ask for."""
+    return range(args.first_run, args.first_run + args.repetitions)
 
 
 def arrivals_of(args: argparse.Namespace, adapters: int) -> list[Arrival]:

@@ -32,9 +32,11 @@ from benchmarks.record import Recorder, say
 from benchmarks.replay import Given, replay
 from benchmarks.settings import (
     SETTINGS,
+    add_result_arguments,
     add_workload_arguments,
     arrivals_of,
     prompts_of,
+    runs_of,
     workload_fields,
 )
 from benchmarks.shared_adapters import load_shared, name_of
@@ -282,8 +284,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pages", type=int, help="of the pool; all that there is room for if unset"
     )
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
+    add_result_arguments(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = recorder.ceilings(small=args.setting == "tiny", beside="trace")
     with tempfile.TemporaryDirectory() as directory:
         server = TraceServer(args, Path(directory), adapters=max(args.adapters))
-        for run in range(args.repetitions):
+        for run in runs_of(args):
             for adapters in args.adapters:
                 found, steady = server.run(arrivals_of(args, adapters), drain=args.drain)
                 row = {"adapters": adapters, "run": run, "found": found, "steady": steady}

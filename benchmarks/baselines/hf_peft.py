@@ -13,7 +13,6 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -24,9 +23,11 @@ from benchmarks.replay import replay
 from benchmarks.settings import (
     SETTINGS,
     Setting,
+    add_result_arguments,
     add_workload_arguments,
     arrivals_of,
     prompts_of,
+    runs_of,
     workload_fields,
 )
 from benchmarks.shared_adapters import name_of
@@ -155,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batch", type=int, help="most requests of a batch; as many as fit if unset"
     )
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
+    add_result_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX only names the device
     import peft  # pyright: ignore[reportMissingImports]
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"batches of at most {most}")
     warm_up = [Arrival(0.0, 0 if max(args.adapters) else None, 8, 4)] * 2
     serve(decoder, warm_up, args, most)
-    for run in range(args.repetitions):
+    for run in runs_of(args):
         for adapters in args.adapters:
             found = serve(decoder, arrivals_of(args, adapters), args, most)
             say(f"{adapters} adapters: {found['req_s']} req/s, {found['out_tok_s']} tok/s")

@@ -22,9 +22,11 @@ from benchmarks.replay import Given, replay
 from benchmarks.settings import (
     SETTINGS,
     Setting,
+    add_result_arguments,
     add_workload_arguments,
     arrivals_of,
     prompts_of,
+    runs_of,
     workload_fields,
 )
 from benchmarks.shared_adapters import name_of
@@ -140,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256, help="most requests that run")
     parser.add_argument("--step-tokens", type=int, default=2048, help="most tokens of a step")
     parser.add_argument("--slots", type=int, default=256, help="most adapters on the device")
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each row")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
+    add_result_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX only names the device
     import vllm  # pyright: ignore[reportMissingImports]
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"starting vLLM for {adapters} adapters")
             serving = VllmServing(args, model, paths[:adapters])
             serve(serving, [Arrival(0.0, 0 if adapters else None, 64, 16)] * args.batch, args)
-            for run in range(args.repetitions):
+            for run in runs_of(args):
                 found = serve(serving, arrivals_of(args, adapters), args)
                 say(f"{adapters} adapters: {found['req_s']} req/s, {found['out_tok_s']} tok/s")
                 us = 1e6 / max(found["out_tok_s"], 1e-9)

@@ -12,8 +12,8 @@ SINGLE = {
     "NVIDIA H200": Tuning(ctas=384, most_parts=2, stages=3),
 }
 GROUPED = {
-    # us of 4096 tokens, 8 adapters of rank 16, q, k, v, with shrink: 4 stages of y 83.6, 3 85.7;
-    # with 3, 16 steps 92.7, width 128 (and 4) 88.1; 2 stages of both 105.9.
+    # us of 4096 tokens, 8 adapters of rank 16, q, k, v, with shrink, when a CTA had 8 steps instead
+    # of its even share: 4 stages of y 83.6, 3 85.7; width 128 (and 4) 88.1; 2 stages of both 105.9.
     "NVIDIA H200": ExpandTuning(width=256, ctas=132, y_stages=4, b_stages=3, span=4),
 }
 

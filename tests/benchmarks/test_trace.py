@@ -124,9 +124,10 @@ def results_of(main, arguments: str, tmp_path) -> list[dict]:
 
 
 def test_growing_numbers_of_adapters(tmp_path):
-    workload = "--rate 20 --duration 1 --adapters 4,0,1"
+    workload = "--rate 20 --duration 1 --adapters 4,0,1 --first-run 2"
     lines = results_of(adapters.main, f"{ENGINE} {workload}", tmp_path)
     assert [line["adapters"] for line in lines] == [0, 1, 4]
+    assert [line["run"] for line in lines] == [2, 2, 2]
     base, one, four = lines
     assert base["of_base"] == 1
     assert one["of_fewest"] == 1
