@@ -241,7 +241,7 @@ class EngineClient:
         finally:  # also when this is cancelled: there is one process at a time
             if process.returncode is None:
                 process.kill()
-                await process.wait()
+                await _reaped(process)
 
     # Requests
 
@@ -345,3 +345,16 @@ class EngineClient:
         if self._restart:
             return Unavailable("the engine died and is being started again", retry_after=10)
         return Unavailable("the engine is dead: the server must be started again")
+
+
+async def _reaped(process: asyncio.subprocess.Process) -> None:
+    """Waits for a process that has been killed. A cancellation waits, too: it is a moment."""
+    ending = asyncio.create_task(process.wait())
+    cancelled = None
+    while not ending.done():
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import logging
+import signal
 from collections.abc import Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -295,6 +296,20 @@ def test_an_engine_that_cannot_start():
         assert one.front.client.ready is None
 
     run(story, wait=False, restart=True, options={"refused": True})
+
+
+def test_the_end_waits_for_a_process_that_is_being_killed():
+    async def story(one: World) -> None:
+        while one.front.client.state is not State.DEAD:
+            await asyncio.sleep(0)
+        process = one.front.client._process
+        assert process is not None
+        assert process.returncode is None
+        killed.append(process)
+
+    killed: list[asyncio.subprocess.Process] = []
+    run(story, wait=False, options={"refused": True})
+    assert [process.returncode for process in killed] == [-signal.SIGKILL]
 
 
 def test_an_engine_that_loads():

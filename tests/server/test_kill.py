@@ -79,7 +79,7 @@ def test_sigterm_drains(start):
     server = start()
     engine = server.engine_pid()
     whole, streams = Load(server, 16, n=8), Load(server, 16, n=4, stream=True)
-    server.wait_for(lambda: server.status()["waiting"] > 100)
+    server.wait_for(lambda: server.status()["waiting"] > 32)
     before = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     refused = []
@@ -107,7 +107,7 @@ def test_sigterm_drains(start):
 def test_sigterm_cuts_off_what_takes_too_long(start):
     server = start("--shutdown-timeout-s", "0")
     load = Load(server, 32, n=8)
-    server.wait_for(lambda: server.status()["waiting"] > 100)
+    server.wait_for(lambda: server.status()["waiting"] > 32)
     before = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
@@ -118,7 +118,7 @@ def test_sigterm_cuts_off_what_takes_too_long(start):
 def test_a_second_signal_stops_at_once(start):
     server = start()
     Load(server, 32, n=16)
-    server.wait_for(lambda: server.status()["waiting"] > 400)
+    server.wait_for(lambda: server.status()["waiting"] > 100)
     server.process.send_signal(signal.SIGINT)
     server.wait_for(lambda: server.health() == 503)
     server.process.send_signal(signal.SIGINT)
@@ -128,7 +128,7 @@ def test_a_second_signal_stops_at_once(start):
 def test_the_engine_is_killed(start):
     server = start()
     whole, streams = Load(server, 16, n=8), Load(server, 16, n=4, stream=True)
-    server.wait_for(lambda: server.status()["waiting"] > 100)
+    server.wait_for(lambda: server.status()["waiting"] > 32)
     before = time.monotonic()
     os.kill(server.engine_pid(), signal.SIGKILL)
     codes = {response.status_code for response in whole.responses(before)}
