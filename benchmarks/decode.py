@@ -7,9 +7,9 @@ python -m benchmarks.decode --shape llama-2-7b --load dummy --batch 64 --adapter
 All requests come at once; `step_ms` is the median time from one decode step's tokens to the next
 one's while all of them decode, of several runs the median. `limit_ms` is what the weights take, in
 bytes or in FLOPs, and then the keys and values and the adapters in bytes, at the ceilings measured
-in the same run. `launches` are the device's kernels in a step, `device_idle` the share of the time
-in which none ran, both of a few profiled steps. The environment variable SLORA_BACKEND chooses the
-kernels.
+in the same run. `launches` are the device's kernels in a step, of a few profiled ones, and
+`device_idle` is the share of `step_ms` in which none of them runs. The environment variable
+SLORA_BACKEND chooses the kernels.
 """
 
 import argparse
@@ -102,7 +102,7 @@ class Benchmark:
         self._record(load, runs, compiled.seconds, use)
 
     def _profile(self, row: str, load: Load) -> DeviceUse | None:
-        """How busy the device is in some steps; the profiler makes these slower for the host."""
+        """How busy the device is in some steps."""
         where = self._args.profile or self._directory / "profile"
         run_load(self.engine, load, trace=where / f"adapters-{row}")
         return device_use(where / f"adapters-{row}")
@@ -121,6 +121,7 @@ class Benchmark:
         item = jnp.dtype(options.dtype).itemsize
         base, rest = step_work(self._config, load, runs[0].context, item)
         limit_us = self._limits.limit_us(base) + 1e6 * rest.bytes / self._limits.bandwidth
+        busy = 0.0 if use is None else use.busy / TRACED_STEPS
         self._recorder.add(
             "decode",
             timing,
@@ -144,7 +145,7 @@ class Benchmark:
             start_s=round(self._start_s, 2),
             compile_s=round(compile_s, 2),
             launches=None if use is None else round(use.launches / TRACED_STEPS, 1),
-            device_idle=None if use is None else round(use.idle, 4),
+            device_idle=None if use is None else round(1 - 1e6 * busy / timing.us, 4),
         )
 
 

@@ -14,15 +14,18 @@ _TRANSFERS = ("MemcpyH2D", "MemcpyD2H")  # beside the work, not part of it
 class DeviceUse:
     """Of a device, from its first kernel to the end of its last.
 
+    The profiler makes launches slower, so that the time between kernels is its own: only what the
+    kernels take says something of how busy the device is when nobody looks.
+
     Attributes:
         launches: kernels, and copies within the device.
         seconds: from first to last.
-        idle: share of these in which none of them ran.
+        busy: of these seconds, those in which some of them ran.
     """
 
     launches: int
     seconds: float
-    idle: float
+    busy: float
 
 
 def device_use(directory: Path) -> DeviceUse | None:
@@ -47,7 +50,7 @@ def use_of(spans: Iterable[tuple[float, float]]) -> DeviceUse | None:
         return None
     whole = max(end for _, end in found) - found[0][0]
     busy = sum(end - start for start, end in _merged(found))
-    return DeviceUse(len(found), 1e-9 * whole, 1 - busy / whole if whole else 0.0)
+    return DeviceUse(len(found), 1e-9 * whole, 1e-9 * busy)
 
 
 def _merged(spans: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:

@@ -46,7 +46,7 @@ class Tuning:
     """Constants of the kernel.
 
     Attributes:
-        ctas: CTAs that the GPU should be given, if a module can be shared among so many.
+        ctas: most CTAs among which modules are shared: those that the GPU runs at once.
         most_parts: most CTAs that share a token's module, unless its outputs need more.
         stages: copies of adapter tiles that a CTA has in flight.
         copy_tiles: tiles of a copy, where the layout allows.
@@ -166,7 +166,7 @@ def _gather(
 
     a_copies = copies_of(modules.inputs) if shrinks else 0
     b_copies = [copies_of(n) if expands else 0 for n in modules.outputs]
-    parts = ceil_div(tuning.ctas, blocks * modules.count)
+    parts = max(tuning.ctas // (blocks * modules.count), 1)
     parts = min(parts, tuning.most_parts, max(a_copies, *b_copies))
     parts = max(parts, ceil_div(max(b_copies) * unit, MOST_TILES))
     if whole:

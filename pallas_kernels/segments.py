@@ -142,7 +142,7 @@ def _work(
     size = jnp.minimum(end[segment], window + block) - first_token
     size = jnp.where(index < ends[-1], size, 0)
     # Most work first: the last ones to start should not be the longest.
-    order = jnp.argsort(jnp.where(size > 0, -rank.sum((1, 2))[segment], 1), stable=True)
+    order = _sorted_places(jnp.where(size > 0, -rank.sum((1, 2))[segment], 1))
     segment, first_token, size = segment[order], first_token[order], size[order]
     shape = (count, *rank.shape[1:])
     slot = first_tile // layout.tiles_per_page
@@ -163,6 +163,18 @@ def _work(
     lines = jnp.stack(fields, axis=-1).astype(jnp.int32).transpose(1, 2, 0, 3)
     scales = scale[segment].transpose(1, 2, 0)
     return Work(lines, scales, ends[-1:].astype(jnp.int32), block)
+
+
+def _sorted_places(key: Int[Array, " n"]) -> Int[Array, " n"]:
+    """A stable argsort of a few numbers, by comparing all of them with all.
+
+    Two launches. XLA's sort takes many short ones, one after another.
+    """
+    index = jnp.arange(key.shape[0])
+    smaller = key < key[:, None]
+    before = smaller | ((key == key[:, None]) & (index < index[:, None]))
+    place = before.sum(1)
+    return jnp.where(place == index[:, None], index, 0).sum(1)
 
 
 def module_table(adapters: Adapters, layer: Int[Array, ""] | None, modules: Modules) -> ModuleTable:

@@ -10,6 +10,7 @@ and all of them in host memory. An engine is started for each row: its slots are
 """
 
 import argparse
+import gc
 import os
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from benchmarks.settings import (
     workload_fields,
 )
 from benchmarks.shared_adapters import name_of
-from benchmarks.synthetic import write_adapters, write_model
+from benchmarks.synthetic import MODULES, write_adapters, write_model
 from benchmarks.trace import counts
 from benchmarks.trace_figures import figures
 from slora_jax.simulator.workloads import Arrival
@@ -70,6 +71,7 @@ class VllmServing:
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "dtype": "bfloat16",
+            "hf_overrides": {"architectures": ["LlamaForCausalLM"]},
             "max_model_len": 2 * setting.longest,
             "max_num_seqs": args.batch,
             "max_num_batched_tokens": args.step_tokens,
@@ -82,12 +84,15 @@ class VllmServing:
                 "max_loras": min(len(adapters), args.slots),
                 "max_cpu_loras": len(adapters),
                 "max_lora_rank": max(setting.ranks),
+                "lora_target_modules": list(MODULES),
             }
         self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**options))
         self._requests = [
             LoRARequest(name_of(number), number + 1, str(path))
             for number, path in enumerate(adapters)
         ]
+        for request in self._requests:  # into host memory, before anybody waits for them
+            self._engine.add_lora(request)
         self._trace = 0
         self.prompts: list[list[int]] = []
 
@@ -123,6 +128,15 @@ class VllmServing:
         while self.is_busy:
             self._engine.step()
         self._trace += 1
+
+    def close(self) -> None:
+        """Ends the engine, whose memory the next one needs."""
+        import torch  # pyright: ignore[reportMissingImports]
+
+        self._engine.engine_core.shutdown()
+        del self._engine
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def serve(serving: VllmServing, arrivals: Sequence[Arrival], args: argparse.Namespace) -> dict:
@@ -174,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     vllm=vllm.__version__,
                     **found,
                 )
-            del serving
+            serving.close()
     return 0
 
 

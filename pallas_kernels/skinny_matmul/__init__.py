@@ -13,15 +13,19 @@ def skinny_matmul(
     x: Float[Array, "T I"],
     weight: Float[Array, "O I"],
     *,
+    gated: bool = False,
     backend: Backend = "xla",
-) -> Float[Array, "T O"]:
+) -> Float[Array, "T O//{1+gated}"]:
     """`y = x Wᵀ`, made for steps of 1 to 128 tokens.
 
     Args:
         weight: W as Hugging Face stores it, in x's dtype.
+        gated: W is a gate above an equal number of other outputs, as Llama's `gate_up`, and what is
+            wanted is `silu(gate) * up`, half as wide.
 
     Returns:
-        In x's dtype: summed in float32, rounded once. The same every time, bit for bit.
+        In x's dtype: summed in float32, rounded once; `silu(gate) * up`, of the rounded sums, once
+        more. The same every time, bit for bit.
     """
     implementation = mosaic if backend == "mosaic" else reference
-    return implementation.skinny_matmul(x, weight)
+    return implementation.skinny_matmul(x, weight, gated=gated)

@@ -6,7 +6,7 @@ so that few tokens waste nothing. A CTA has a tile of 64 to 256 rows of W, 64 fo
 that computes, and one warpgroup more that loads. All CTAs run at once and keep the same number of
 bytes under way, so memory serves them alike. Where tiles alone would leave multiprocessors idle,
 the CTAs of a cluster split the inputs and add up their parts in shared memory, each for a share of
-the tokens.
+the tokens. Where W is gated, a warpgroup has the same rows of both halves, and both sums at once.
 """
 
 from functools import partial
@@ -29,35 +29,39 @@ TOKENS = 8  # the grain of a wgmma's columns and of the swizzle
 MOST_TOKENS = 128  # whose accumulators fit in registers
 
 
-def skinny_matmul(x, weight, *, plan: Plan | None = None):
+def skinny_matmul(x, weight, *, gated: bool = False, plan: Plan | None = None):
     """See `pallas_kernels.skinny_matmul.skinny_matmul`.
 
-    Other shapes than these are left to the reference: 1 to 128 tokens, inputs and outputs that are
-    multiples of 64. More than 8 tokens that are no multiple of 8 cost a padded copy of x (XLA puts
-    it into what produces x, if it can) and one of y.
+    Other shapes than these are left to the reference: 1 to 128 tokens, inputs and outputs (of gated
+    weights half as many as rows) that are multiples of 64. More than 8 tokens that are no multiple
+    of 8 cost a padded copy of x (XLA puts it into what produces x, if it can) and one of y.
 
     Args:
         plan: how to deal out W; None: as tuned.
     """
-    (tokens, inputs), outputs = x.shape, weight.shape[0]
-    plan = plan or tuned(TUNING).plan(tokens, outputs, inputs)
+    tokens, inputs = x.shape
+    plan = plan or tuned(TUNING).plan(tokens, weight.shape[0], inputs, gated=gated)
+    halves = 2 if gated else 1
+    outputs = weight.shape[0] // halves
     if not 0 < tokens <= MOST_TOKENS or inputs % plan.step or outputs % ROWS:
-        return reference.skinny_matmul(x, weight)
+        return reference.skinny_matmul(x, weight, gated=gated)
+    if plan.gated != gated or (gated and plan.split > 1):
+        raise ValueError(f"{plan} is not for weights that are {'' if gated else 'not '}gated")
     if plan.split > inputs // plan.step:
         raise ValueError(f"{plan} splits {inputs} inputs: some part would have no step")
     if tokens > TOKENS and tokens % TOKENS:
         padded = jnp.pad(x, ((0, -tokens % TOKENS), (0, 0)))
-        return skinny_matmul(padded, weight, plan=plan)[:tokens]
+        return skinny_matmul(padded, weight, gated=gated, plan=plan)[:tokens]
 
-    groups, split, dtype = plan.rows // ROWS, plan.split, x.dtype
-    tiles, stages, step = ceil_div(outputs, plan.rows), plan.stages(tokens), plan.step
+    groups, split, dtype = plan.outputs // ROWS, plan.split, x.dtype
+    tiles, stages, step = ceil_div(outputs, plan.outputs), plan.stages(tokens), plan.step
     share, columns = plan.share(tokens), plan.columns(tokens)
     shares = columns // share
     scratch: dict[str, Any] = dict(
-        w_smem=plgpu.SMEM((stages, plan.rows, step), dtype, transforms=swizzled()),
+        w_smem=plgpu.SMEM((stages, halves, plan.outputs, step), dtype, transforms=swizzled()),
         x_smem=plgpu.SMEM((stages, columns, step), dtype, transforms=swizzled()),
         y_smem=plgpu.SMEM((groups, share, ROWS), dtype, transforms=swizzled()),
-        ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ready=plgpu.Barrier(num_arrivals=1 + halves, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     )
     out_type = [jax.ShapeDtypeStruct((tokens, outputs), dtype)]
@@ -84,7 +88,7 @@ def skinny_matmul(x, weight, *, plan: Plan | None = None):
         num_threads=groups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        kernel_name="skinny_matmul",
+        kernel_name="gated_matmul" if gated else "skinny_matmul",
     )(x, weight)
     return y
 
@@ -94,7 +98,7 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
 
     `exchange`: where the CTAs of a cluster add up, see `_add_up`; nothing if the inputs are whole.
     """
-    stages, columns, width = x_smem.shape
+    (stages, columns, width), halves = x_smem.shape, w_smem.shape[1]
     groups, share, _ = y_smem.shape
     tile, part, group = (lax.axis_index(name) for name in ("tile", "part", "warpgroup"))
     steps = x.shape[1] // width
@@ -109,12 +113,15 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
         def fetch(step):
             at = lax.rem(step + tile, count) if plan.stagger else step
             inputs = pl.ds(pl.multiple_of((first + at) * width, width), width)
-            rows = pl.ds(pl.multiple_of(tile * plan.rows, ROWS), plan.rows)
             # Tokens past the last are zeros to TMA. 0 is traced, or JAX would refuse the slice.
             tokens = pl.ds(0 * tile, columns)
             of_step = slot(step)
             arrive = ready.at[of_step]
-            plgpu.copy_gmem_to_smem(weight.at[rows, inputs], w_smem.at[of_step], arrive)
+            for half in range(halves):
+                row = half * y.shape[1] + tile * plan.outputs
+                rows = pl.ds(pl.multiple_of(row, ROWS), plan.outputs)
+                there = w_smem.at[of_step, half]
+                plgpu.copy_gmem_to_smem(weight.at[rows, inputs], there, arrive)
             plgpu.copy_gmem_to_smem(x.at[tokens, inputs], x_smem.at[of_step], arrive)
 
         for step in range(stages):
@@ -130,36 +137,43 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
 
     @pl.when(group < groups)
     def compute():
-        def products(acc):
+        def products(*accs):
             rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
 
             @pl.loop(0, count)
             def _(step):
                 of_step = slot(step)
                 plgpu.barrier_wait(ready.at[of_step])
-                plgpu.wgmma(acc, w_smem.at[of_step, rows], x_smem.at[of_step].transpose((1, 0)))
-                plgpu.wgmma_wait(1)  # for the step before, while this one multiplies
+                for half, acc in enumerate(accs):
+                    w = w_smem.at[of_step, half, rows]
+                    plgpu.wgmma(acc, w, x_smem.at[of_step].transpose((1, 0)))
+                plgpu.wgmma_wait(halves)  # for the step before, while this one multiplies
                 pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[slot(step - 1)]))
 
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[slot(count - 1)])
-            return acc[...]
+            return [acc[...] for acc in accs]
 
-        def store(sums):
+        def store(*sums):
             """Writes y of this CTA's share of the tokens."""
-            y_smem.at[group].transpose((1, 0))[...] = sums.astype(y.dtype)
+            # Each sum is rounded as if it were stored: a token without adapter gets the same in a
+            # step in which others' gates are adapted, where XLA does this.
+            result, *up = (one.astype(y.dtype).astype(jnp.float32) for one in sums)
+            if up:
+                result = result / (1.0 + jnp.exp(-result)) * up[0]
+            y_smem.at[group].transpose((1, 0))[...] = result.astype(y.dtype)
             plgpu.commit_smem()
             tokens = pl.ds(pl.multiple_of(part * share, TOKENS), share)
-            rows = pl.ds(pl.multiple_of(tile * plan.rows + group * ROWS, ROWS), ROWS)
+            rows = pl.ds(pl.multiple_of(tile * plan.outputs + group * ROWS, ROWS), ROWS)
             plgpu.copy_smem_to_gmem(y_smem.at[group], y.at[tokens, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        sums = pl.run_scoped(products, accumulator(ROWS, columns))
+        sums = pl.run_scoped(products, *[accumulator(ROWS, columns)] * halves)
         if plan.split == 1:
-            store(sums)
+            store(*sums)
         else:
             parts_gmem = None if parts is None else parts.at[tile]
-            _add_up(sums, part, group, plan.split, store, parts_gmem, **exchange)
+            _add_up(sums[0], part, group, plan.split, store, parts_gmem, **exchange)
 
 
 def _add_up(sums, part, group, split, store, parts_gmem, *, shared, parts_smem):

@@ -2,8 +2,13 @@
 """`skinny_matmul` as XLA multiplies."""
 
 import jax
+import jax.numpy as jnp
 
 
-def skinny_matmul(x, weight):
+def skinny_matmul(x, weight, *, gated: bool = False):
     """See `pallas_kernels.skinny_matmul.skinny_matmul`."""
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+    y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+    if not gated:
+        return y
+    gate, up = jnp.split(y, 2, axis=1)
+    return jax.nn.silu(gate) * up

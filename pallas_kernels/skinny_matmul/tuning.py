@@ -9,6 +9,7 @@ from pallas_kernels.mosaic import SHARED_BYTES
 
 SPLITS = (1, 2, 4, 8)  # a portable cluster has at most 8 CTAs
 ROWS = (64, 128, 192, 256)  # a TMA box has at most 256 rows
+GATED_ROWS = (128, 256, 384)
 STEPS = (64, 128)
 LEAST_STAGES = 3
 
@@ -18,7 +19,8 @@ class Plan:
     """How the weights of one shape are dealt out.
 
     Attributes:
-        rows: of W, and so outputs, of one CTA: 64 for each of its computing warpgroups.
+        rows: of W, and so outputs, of one CTA: 64 for each of its computing warpgroups. Where W is
+            gated, 64 of either half.
         split: CTAs of a cluster, each with its part of the inputs of the same outputs.
         most_stages: steps that are in shared memory, or under way, at most.
         step: inputs of a step, a multiple of 64.
@@ -31,6 +33,12 @@ class Plan:
     most_stages: int = 16
     step: int = 64
     stagger: bool = False
+    gated: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Columns of y of one CTA."""
+        return self.rows // 2 if self.gated else self.rows
 
     def share(self, tokens: int) -> int:
         """Tokens whose sums each CTA of a cluster finishes; the last ones may have fewer, or none.
@@ -46,7 +54,7 @@ class Plan:
     def stages(self, tokens: int) -> int:
         """Steps of 2-byte numbers that fit into shared memory beside the results."""
         exchanged = 4 * self.split if self.split > 1 else 0
-        results = self.rows * self.share(tokens) * (2 + exchanged)
+        results = self.outputs * self.share(tokens) * (2 + exchanged)
         of_step = (self.rows + self.columns(tokens)) * self.step * 2
         return min(self.most_stages, (SHARED_BYTES - results) // of_step)
 
@@ -65,6 +73,7 @@ class Tuning:
         split_cost: of each further part of the inputs, in bytes of W for each byte of the result.
         step_cost: of steps of 64 inputs instead of 128, in shares of the whole time.
         plans: what was measured to be best, by `(outputs, inputs)`.
+        gated: the same of gated weights.
     """
 
     ctas: Mapping[int, int]
@@ -74,10 +83,14 @@ class Tuning:
     split_cost: float
     step_cost: float
     plans: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
+    gated: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
 
-    def plan(self, tokens: int, outputs: int, inputs: int) -> Plan:
-        """The plan of a shape: the measured one, or the cheapest by a simple model."""
-        measured = self.plans.get((outputs, inputs))
+    def plan(self, tokens: int, outputs: int, inputs: int, *, gated: bool = False) -> Plan:
+        """The plan of a shape: the measured one, or the cheapest by a simple model.
+
+        Gated weights are not split: the parts of two sums would have to be exchanged.
+        """
+        measured = (self.gated if gated else self.plans).get((outputs, inputs))
         if measured is not None and measured.stages(tokens) >= LEAST_STAGES:
             return measured
 
@@ -92,9 +105,9 @@ class Tuning:
             return idle + padding + x + exchange + self.step_cost * (plan.step < max(STEPS))
 
         plans = [
-            Plan(rows, split, step=step)
-            for rows in ROWS
-            for split in SPLITS
+            Plan(rows, split, step=step, gated=gated)
+            for rows in (GATED_ROWS if gated else ROWS)
+            for split in (SPLITS[:1] if gated else SPLITS)
             for step in STEPS
             if inputs % step == 0 and split <= inputs // step
         ]
@@ -108,6 +121,9 @@ TUNING = {
     # (12288, 4096): 128 rows 26.7, in steps of 64 28.1, 192 rows 28.7, split in 2 29.4.
     # (22016, 4096): 192 rows 45.5, in steps of 64 47.8, 64 rows 46.7, 256 47.8.
     # (4096, 11008): 64 rows split in 2 25.7, in steps of 64 26.5, 192 rows in 4 28.8.
+    # (22016, 4096) gated, with the launch between them 49.0 if done by XLA: 256 rows in steps of 64
+    # 47.6, 128 rows with 4 stages, of which a multiprocessor holds two, 47.4 (more than 64 tokens
+    # would leave it one), with 8 51.8, 384 rows 61.2.
     # The next projection's first weights prefetched into the L2 cache, early or late: no gain.
     "NVIDIA H200": Tuning(
         ctas={1: 132, 2: 132, 4: 88, 8: 64},
@@ -122,5 +138,6 @@ TUNING = {
             (4096, 11008): Plan(64, 2, step=128),
             (22016, 4096): Plan(192, 1, step=128),
         },
+        gated={(22016, 4096): Plan(256, 1, step=64, gated=True)},
     ),
 }

@@ -166,7 +166,9 @@ def _model_step(weights, pool, page_table, last_token, tables, packed, *, shape:
         backend=shape.backend,
         tensor=shape.tensor,
     )
-    last = hidden.at[inputs.query_start + inputs.query_len - 1].get(mode="clip")
+    last = hidden  # of a decode step every row is one token
+    if not shape.decode:
+        last = hidden.at[inputs.query_start + inputs.query_len - 1].get(mode="clip")
     if lora is not None:
         rows = shape.bucket.rows
         lora = lora.over(inputs.segment_rows, rows) if shape.lora_mode == "all" else None

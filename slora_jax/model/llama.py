@@ -185,8 +185,13 @@ def decoder_layer(
     x = x + tensor.sum(linear(weights.o, attended.reshape(tokens, -1), names=("o_proj",)))
 
     z = rms_norm(x, weights.post_attention_norm, config.rms_norm_eps)
-    gate, up = jnp.split(linear(weights.gate_up, z, names=("gate_proj", "up_proj")), 2, axis=1)
-    x = x + tensor.sum(linear(weights.down, jax.nn.silu(gate) * up, names=("down_proj",)))
+    names = "gate_proj", "up_proj"
+    if lora is None or lora.adapted.isdisjoint(names):
+        hidden = weights.gate_up.gated(z, attention.backend)
+    else:
+        gate, up = jnp.split(linear(weights.gate_up, z, names=names), 2, axis=1)
+        hidden = jax.nn.silu(gate) * up
+    x = x + tensor.sum(linear(weights.down, hidden, names=("down_proj",)))
     return x, pool
 
 

@@ -123,7 +123,10 @@ def test_prefill(config, layout, compiles):
 @pytest.mark.parametrize("tokens", [1, ROWS, 128])
 def test_matmul(config, compiles, tokens):
     def all_of(*operands):
-        return [skinny_matmul(x, w, backend="mosaic") for x, w in batched(operands, 2)]
+        return [
+            skinny_matmul(x, w, gated=name == "gate_up", backend="mosaic")
+            for name, (x, w) in zip(linears(config), batched(operands, 2), strict=True)
+        ]
 
     operands = []
     for modules in linears(config).values():

@@ -13,13 +13,13 @@ def test_overlapping_kernels_count_once():
     assert use is not None
     assert use.launches == 5
     assert use.seconds == pytest.approx(100e-9)
-    assert use.idle == pytest.approx(0.6)
+    assert use.busy == pytest.approx(40e-9)
 
 
 def test_kernels_back_to_back_leave_nothing_idle():
     use = use_of([(0.0, 10.0), (10.0, 30.0)])
     assert use is not None
-    assert use.idle == 0
+    assert use.busy == pytest.approx(use.seconds)
     assert use_of([]) is None
 
 

@@ -172,6 +172,22 @@ def check_matmul(tokens, inputs, outputs):
     agree(run(partial(skinny_matmul, backend="mosaic"), x, w), in_float32(skinny_matmul, x, w))
 
 
+@pytest.mark.parametrize("tokens", [1, 13, 64, 128])
+def test_gated_matmul(config, tokens):
+    """As good as the reference, and what there is of a step in which gates are adapted, too."""
+    inputs, outputs = linears(config)["gate_up"]
+    x, w = normal(0, tokens, inputs), normal(1, sum(outputs), inputs)
+    w = w / inputs**0.5  # SiLU where it bends
+    gated = run(partial(skinny_matmul, gated=True, backend="mosaic"), x, w)
+    agree(gated, in_float32(partial(skinny_matmul, gated=True), x, w))
+
+    def apart(x, w):
+        gate, up = jnp.split(skinny_matmul(x, w, backend="mosaic"), 2, axis=1)
+        return jax.nn.silu(gate) * up
+
+    np.testing.assert_array_equal(gated, run(apart, x, w))
+
+
 RANKS = [16, 1, 256, 7, 64, 100, 8, 33]
 FEW = 2  # of a run: single tokens beside blocks
 LORA = [

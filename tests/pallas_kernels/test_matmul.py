@@ -46,21 +46,61 @@ def test_matmul(backend, dtype, monkeypatch, tokens, outputs, inputs, plan):
     assert_close(got, x.astype(np.float64) @ w.astype(np.float64).T)
 
 
+GATED = {  # tokens, outputs of each half, inputs, and the plan
+    "one token": (1, 64, 128, Plan(128, 1, 3, gated=True)),
+    "more steps than stages": (8, 128, 320, Plan(128, 1, 3, gated=True)),
+    "padded tokens, two warpgroups": (12, 128, 128, Plan(256, 1, 3, gated=True)),
+    "a last tile past the outputs": (16, 192, 128, Plan(256, 1, 3, step=128, gated=True)),
+    "odd outputs": (3, 96, 64, Plan(128, 1, 3, gated=True)),
+    "not few tokens": (130, 64, 64, Plan(128, 1, 3, gated=True)),
+}
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "inputs", "plan"), GATED.values(), ids=GATED)
+def test_gated(backend, dtype, monkeypatch, tokens, outputs, inputs, plan):
+    tuning = replace(H200, gated={(2 * outputs, inputs): plan})
+    monkeypatch.setitem(TUNING, jax.devices()[0].device_kind, tuning)
+    rng = np.random.default_rng(0)
+    x, w = (rounded(rng.standard_normal((n, inputs))) for n in (tokens, 2 * outputs))
+    w[:outputs] *= 0.3  # SiLU where it bends
+    got = jax.jit(partial(skinny_matmul, gated=True, backend=backend))(
+        jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+    )
+    assert got.dtype == dtype
+    assert got.shape == (tokens, outputs)
+    y = x.astype(np.float64) @ np.asarray(jnp.asarray(w, dtype), np.float64).T
+    gate, up = np.split(y, 2, axis=1)
+    assert_close(got, gate / (1 + np.exp(-gate)) * up)
+
+
+@pytest.mark.parametrize("plan", [Plan(128, 1, 3), Plan(128, 2, 3, gated=True)], ids=str)
+def test_a_plan_that_cannot_gate_is_refused(plan):
+    with pytest.raises(ValueError, match="gated"):
+        mosaic.skinny_matmul(jnp.ones((16, 128)), jnp.ones((128, 128)), gated=True, plan=plan)
+
+
 def test_a_plan_with_more_parts_than_steps_is_refused():
     with pytest.raises(ValueError, match="no step"):
         mosaic.skinny_matmul(jnp.ones((16, 64)), jnp.ones((64, 64)), plan=Plan(64, 2, 3))
 
 
 @settings(max_examples=60)
-@given(tokens=st.integers(1, 128), outputs=st.integers(1, 500), inputs=st.integers(1, 500))
-def test_every_shape_has_a_plan(tokens, outputs, inputs):
+@given(
+    tokens=st.integers(1, 128),
+    outputs=st.integers(1, 500),
+    inputs=st.integers(1, 500),
+    gated=st.booleans(),
+)
+def test_every_shape_has_a_plan(tokens, outputs, inputs, gated):
     """One that fits into shared memory, and in which every token's sum is finished once."""
-    plan = H200.plan(tokens, 64 * outputs, 64 * inputs)
+    plan = H200.plan(tokens, 64 * outputs * (1 + gated), 64 * inputs, gated=gated)
+    assert plan.gated == gated
+    assert plan.split == 1 or not gated
     assert LEAST_STAGES <= plan.stages(tokens) <= plan.most_stages
     assert inputs * 64 % plan.step == 0
     assert plan.split <= inputs * 64 // plan.step  # each part has something to do
     shares = plan.columns(tokens) // plan.share(tokens)
     assert ceil_div(tokens, plan.share(tokens)) == shares <= plan.split
     operands = plan.stages(tokens) * (plan.rows + plan.columns(tokens)) * plan.step * 2
-    results = plan.rows * plan.share(tokens) * (2 + (4 * plan.split if plan.split > 1 else 0))
+    results = plan.outputs * plan.share(tokens) * (2 + (4 * plan.split if plan.split > 1 else 0))
     assert operands + results <= SHARED_BYTES
