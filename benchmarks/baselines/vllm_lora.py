@@ -10,7 +10,6 @@ and all of them in host memory. An engine is started for each row: its slots are
 """
 
 import argparse
-import gc
 import os
 import tempfile
 from collections.abc import Sequence
@@ -130,13 +129,8 @@ class VllmServing:
         self._trace += 1
 
     def close(self) -> None:
-        """Ends the engine, whose memory the next one needs."""
-        import torch  # pyright: ignore[reportMissingImports]
-
+        """Ends the engine's process, whose memory the next one needs."""
         self._engine.engine_core.shutdown()
-        del self._engine
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def serve(serving: VllmServing, arrivals: Sequence[Arrival], args: argparse.Namespace) -> dict:
@@ -159,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_result_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX only names the device
+    # but has started CUDA in this process then, which a fork would not survive.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     import vllm  # pyright: ignore[reportMissingImports]
 
     setting = SETTINGS[args.setting]
