@@ -71,6 +71,11 @@ class FakeEngine:
     def __init__(self) -> None:
         self.left: dict[str, int] = {}
         self.asked: dict[str, tuple] = {}
+        self.engine_core = SimpleNamespace(shutdown=self.left.clear)
+        self.added: list[tuple] = []
+
+    def add_lora(self, request) -> None:
+        self.added.append(request)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.left)
