@@ -104,10 +104,12 @@ def run_load(engine: Engine, load: Load, trace: Path | None = None) -> Run:
     return Run(steps, statistics.mean(contexts), list(first_token.values()))
 
 
-def step_tokens(batch: int, prompt: int) -> int:
+def step_tokens(batch: int, prompt: int, output: int) -> int:
     """Tokens of a step with prompts: about `STEP_TOKENS`, so that all such steps are one program.
 
-    The engine has smaller programs for a last chunk; with this number it is a large one.
+    More where the first request would otherwise have a quarter of its output before the last one
+    has its prompt. The engine has smaller programs for a last chunk; with this number it is a
+    large one.
     """
 
     def last_step(most: int) -> int:
@@ -118,7 +120,8 @@ def step_tokens(batch: int, prompt: int) -> int:
             computed, step = computed + chunk, decoding + chunk
         return step
 
-    least = max(min(STEP_TOKENS, batch * prompt), 2 * batch)
+    quarter = ceil_div(4 * batch * prompt, output)
+    least = max(min(max(STEP_TOKENS, quarter), batch * prompt), 2 * batch)
     candidates = range(least, 2 * least, 8)
     return next((most for most in candidates if last_step(most) > most // 2), least)
 
@@ -137,7 +140,7 @@ def start_engine(directory: Path, config: ModelConfig, load: Load) -> Engine:
         num_pages=pages + 1,
         max_model_len=length,
         max_num_seqs=load.batch,
-        max_num_batched_tokens=step_tokens(load.batch, load.prompt),
+        max_num_batched_tokens=step_tokens(load.batch, load.prompt, load.output),
         decode_batch_sizes=sorted({1, load.batch}),
         max_loras=max(load.adapters, 1),
         max_lora_rank=max(load.ranks),

@@ -64,7 +64,7 @@ TINY = ModelConfig(  # to try a benchmark on a CPU
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
-    max_position_embeddings=256,
+    max_position_embeddings=1024,
 )
 
 MODELS = {

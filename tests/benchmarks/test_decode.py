@@ -57,5 +57,15 @@ def test_work_of_a_step():
 
 
 def test_steps_with_prompts_are_of_one_size():
-    assert step_tokens(batch=64, prompt=256) == 520
-    assert step_tokens(batch=1, prompt=16) == 16
+    assert step_tokens(batch=64, prompt=256, output=128) == 520
+    assert step_tokens(batch=1, prompt=16, output=4) == 16
+
+
+@pytest.mark.parametrize("batch", [1, 64, 256])
+def test_the_first_request_still_decodes_when_the_last_ones_prompt_is_done(batch):
+    prompt, output = 256, 128
+    computed = steps = 0
+    while computed < batch * prompt:
+        computed += step_tokens(batch, prompt, output) - computed // prompt
+        steps += 1
+    assert steps < output / 2

@@ -132,6 +132,7 @@ def main() -> None:
     socket.connect(launch.address)
     if launch.options.get("refused"):
         socket.send(messages.encode(messages.Failed("this model is not supported")))
+        time.sleep(launch.options.get("lingers", 0))
         sys.exit(2)
     FakeEngine(socket, launch).run()
 

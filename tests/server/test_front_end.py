@@ -308,7 +308,7 @@ def test_the_end_waits_for_a_process_that_is_being_killed():
         killed.append(process)
 
     killed: list[asyncio.subprocess.Process] = []
-    run(story, wait=False, options={"refused": True})
+    run(story, wait=False, options={"refused": True, "lingers": 60})
     assert [process.returncode for process in killed] == [-signal.SIGKILL]
 
 
