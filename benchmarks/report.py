@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what `benchmarks/results/*.jsonl` say into the README, and a picture of it.
+"""Writes what `benchmarks/results/*.jsonl` say into the README and `docs/`, and pictures of it.
 
 python -m benchmarks.report
 
-Of results of the same thing on the same device, the latest counts.
+The README has the comparison with other servers, `docs/benchmarks.md` has everything. Of results of
+the same thing on the same device, the latest counts.
 """
 
 import argparse
@@ -15,16 +16,18 @@ from typing import Any
 
 from benchmarks import report_tensor_parallel as tensor_parallel
 from benchmarks import report_traces as traces
+from benchmarks import targets
 from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PLOT = "docs/benchmarks.svg"
-CURVE = "docs/adapters.svg"
-DEVICES = "docs/tensor_parallel.svg"
-TRACES = "docs/traces.svg"
-DEVICES_PAGE = ROOT / "docs" / "tensor_parallel.md"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "benchmarks.md"
+DEVICES_PAGE = DOCS / "tensor_parallel.md"
+PLOT, CURVE, DEVICES, TRACES = (
+    f"{name}.svg" for name in ("benchmarks", "adapters", "tensor_parallel", "traces")
+)
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 type Line = dict[str, Any]
@@ -54,26 +57,49 @@ def read_results(directory: Path = RESULTS) -> list[Line]:
     return list(latest.values())
 
 
-def report(lines: Sequence[Line]) -> str:
-    """Everything between the README's markers; empty without results."""
+def comparison(lines: Sequence[Line]) -> str:
+    """What the README says: ours and other servers, and a step; empty without results."""
     parts = []
-    for device in dict.fromkeys(line["device"] for line in lines):
-        own = [line for line in lines if line["device"] == device]
-        parts += [_heading(device, own), _steps(own), _kernels(own), _loads(own), _curve(own)]
-        parts += [_serving(own), traces.summary(own), tensor_parallel.summary(own)]
-    if any(map(_is_plotted, lines)):
-        parts.append(f"![Time at the limit over time measured, of every kernel]({PLOT})")
-    if any(line["benchmark"] == "adapters_curve" for line in lines):
-        parts.append(f"![Tokens a second and time to the first token, by adapters]({CURVE})")
-    if any(map(traces.is_plotted, lines)):
-        parts.append(f"![Output tokens a second of S-LoRA's traces, by server]({TRACES})")
-    if any(map(tensor_parallel.is_plotted, lines)):
-        parts.append(f"![Decode steps on one device and on two, with communication]({DEVICES})")
+    for own in by_device(lines):
+        if compared := traces.comparison(own):
+            of = [
+                line for line in own if line["benchmark"] in (*traces.SYSTEMS, "decode", "ceiling")
+            ]
+            parts += [
+                _heading(of),
+                compared,
+                f"![Output tokens a second](docs/{TRACES})",
+                steps(of),
+            ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _heading(device: str, lines: Sequence[Line]) -> str:
+def report(lines: Sequence[Line]) -> str:
+    """What the page on benchmarks says; empty without results."""
+    parts = [targets.summary(lines)]
+    for own in by_device(lines):
+        parts += [f"## {own[0]['device']}", _heading(own), steps(own), traces.summary(own)]
+        parts += [_kernels(own), _loads(own), _curve(own), _serving(own)]
+        parts += [tensor_parallel.summary(own)]
+    if any(map(_is_plotted, lines)):
+        parts += [
+            "## Pictures",
+            f"![Time at the limit over time measured, of every kernel]({PLOT})",
+        ]
+    if any(line["benchmark"] == "adapters_curve" for line in lines):
+        parts.append(f"![Tokens a second and time to the first token, by adapters]({CURVE})")
+    return "\n\n".join(part for part in parts if part)
+
+
+def by_device(lines: Sequence[Line]) -> list[list[Line]]:
+    """The results of each device."""
+    devices = dict.fromkeys(line["device"] for line in lines)
+    return [[line for line in lines if line["device"] == device] for device in devices]
+
+
+def _heading(lines: Sequence[Line]) -> str:
     """Where it was measured, and what the device can do at best."""
+    device = lines[0]["device"]
     best = {
         line["case"]: line
         for line in lines
@@ -93,7 +119,9 @@ def _heading(device: str, lines: Sequence[Line]) -> str:
     return text
 
 
-def _steps(lines: Sequence[Line]) -> str:
+def steps(lines: Sequence[Line]) -> str:
+    """Decode steps, against their limit."""
+    found = [line for line in lines if line["benchmark"] == "decode"]
     rows = [
         [
             line["shape"],
@@ -104,8 +132,7 @@ def _steps(lines: Sequence[Line]) -> str:
             _percent(line),
             f"{line['tokens_per_s']:.0f}",
         ]
-        for line in lines
-        if line["benchmark"] == "decode"
+        for line in sorted(found, key=lambda line: line["batch"])
     ]
     heads = ("Decode step", "requests, tokens", "adapters", "ms", "limit", "of limit", "tokens/s")
     return table(heads, rows)
@@ -308,17 +335,31 @@ def updated(page: str, text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
     lines = read_results()
-    README.write_text(updated(README.read_text(), report(lines)))
-    DEVICES_PAGE.write_text(updated(DEVICES_PAGE.read_text(), tensor_parallel.full(lines)))
-    if any(map(_is_plotted, lines)):
-        (ROOT / PLOT).write_text(plot(lines))
-    if any(line["benchmark"] == "adapters_curve" for line in lines):
-        (ROOT / CURVE).write_text(plot_curve(lines))
-    if any(map(traces.is_plotted, lines)):
-        (ROOT / TRACES).write_text(traces.plot(lines))
-    if any(map(tensor_parallel.is_plotted, lines)):
-        (ROOT / DEVICES).write_text(tensor_parallel.plot(lines))
+    for page, text in pages(lines).items():
+        page.write_text(updated(page.read_text(), text))
+    for name, picture in pictures(lines).items():
+        (DOCS / name).write_text(picture)
     return 0
+
+
+def pages(lines: Sequence[Line]) -> dict[Path, str]:
+    """What stands between each page's markers."""
+    return {
+        README: comparison(lines),
+        PAGE: report(lines),
+        DEVICES_PAGE: tensor_parallel.full(lines),
+    }
+
+
+def pictures(lines: Sequence[Line]) -> dict[str, str]:
+    """The pictures of what there are results of, by file name in `docs`."""
+    drawn = (
+        (PLOT, plot, _is_plotted),
+        (CURVE, plot_curve, lambda line: line["benchmark"] == "adapters_curve"),
+        (TRACES, traces.plot, traces.is_plotted),
+        (DEVICES, tensor_parallel.plot, tensor_parallel.is_plotted),
+    )
+    return {name: draw(lines) for name, draw, is_of in drawn if any(map(is_of, lines))}
 
 
 if __name__ == "__main__":

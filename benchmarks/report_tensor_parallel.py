@@ -87,7 +87,7 @@ def summary(lines: Sequence[Line]) -> str:
         "milliseconds. Communication is what the step takes less with its collectives left out; "
         "LoRA is what it takes less without adapters, both of the step on two. Where the host's "
         "dispatch takes as long as the step, that is the limit, and not the cards. "
-        f"[docs/tensor_parallel.md](docs/tensor_parallel.md) has all batch sizes.\n\n{found}"
+        f"[tensor_parallel.md](tensor_parallel.md) has all batch sizes.\n\n{found}"
     )
 
 

@@ -2,6 +2,8 @@
 """S-LoRA's experiments as tables and a picture: traces, baselines, ablations, prefill.
 
 A row is the median of the runs of one commit; beside the main figure stands the whole spread.
+Systems are compared by what they gave in the whole run: where latencies are long, a run of a minute
+has no steady part.
 """
 
 import statistics
@@ -13,8 +15,10 @@ from benchmarks.tables import table
 
 type Line = dict[str, Any]
 
-SYSTEMS = {"trace": "slora-jax", "vllm_lora": "vLLM", "hf_peft": "PEFT"}
-_WORKLOAD = ("setting", "rate", "duration", "popularity", "alpha", "cv", "lengths", "adapters")
+OURS = "slora-jax"
+SYSTEMS = {"trace": OURS, "adapters": OURS, "vllm_lora": "vLLM", "hf_peft": "PEFT"}
+_TRACE = ("setting", "rate", "popularity", "alpha", "cv", "lengths")
+_WORKLOAD = (*_TRACE, "duration", "adapters")
 _COLOURS = {"slora-jax": "#4878a8", "vLLM": "#c05030", "PEFT": "#888888"}
 
 
@@ -65,7 +69,7 @@ def rows(lines: Iterable[Line], benchmarks: Sequence[str], *, by: Sequence[str] 
 
 def summary(lines: Sequence[Line]) -> str:
     """All tables of a device; empty without results."""
-    parts = [_traces(lines), _adapters(lines), _ablations(lines), _prefill(lines)]
+    parts = [_traces(lines), _numbers(lines), _ablations(lines), prefill(lines)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -75,22 +79,65 @@ def system(line: Line) -> str:
     return f"{name} {version}" if version else name
 
 
-_RATE = "out_tok_s_steady", "out_tok_s"
-_REQUESTS = "req_s_steady", "req_s"
+_WHOLE = "out_tok_s"
+_RATE = "out_tok_s_steady", _WHOLE
+
+
+def comparison(lines: Sequence[Line]) -> str:
+    """A device's systems side by side: output tokens a second; empty without another's results."""
+    cells = []
+    others = [name for name in dict.fromkeys(SYSTEMS.values()) if name != OURS]
+    for traces in _by_trace(lines):
+        for adapters in sorted({row.first["adapters"] for row in traces}):
+            at = {_name(row): row for row in traces if row.first["adapters"] == adapters}
+            ours = at.get(OURS)
+            cell = [_workload(traces[0].first), str(adapters) if adapters else "none"]
+            cell.append(ours.spread(".0f", _WHOLE) if ours else "")
+            for name in others:
+                other = at.get(name)
+                cell.append(other.spread(".0f", _WHOLE) if other else "")
+                cell.append(_times(ours, other))
+            cells.append(cell)
+    versions = {SYSTEMS[line["benchmark"]]: system(line) for line in lines if _is_other(line)}
+    heads = ["Trace", "adapters", f"{OURS}, tokens/s"]
+    for name in others:
+        heads += [versions.get(name, name), f"{OURS} ÷ {name}"]
+    return table(heads, cells)
+
+
+def _by_trace(lines: Sequence[Line]) -> list[list[Row]]:
+    """The rows of every trace that another system has served, too."""
+    traces: dict[tuple, list[Row]] = {}
+    for row in rows(lines, tuple(SYSTEMS)):
+        traces.setdefault(tuple(row.first[name] for name in _TRACE), []).append(row)
+    return [found for found in traces.values() if any(_is_other(row.first) for row in found)]
+
+
+def _is_other(line: Line) -> bool:
+    return SYSTEMS.get(line["benchmark"], OURS) != OURS
+
+
+def _name(row: Row) -> str:
+    return SYSTEMS[row.first["benchmark"]]
+
+
+def _times(ours: Row | None, other: Row | None) -> str:
+    rate = ours and ours.median(_WHOLE)
+    of = other and other.median(_WHOLE)
+    return f"{rate / of:.1f}" if rate and of else ""
 
 
 def _traces(lines: Sequence[Line]) -> str:
     found = rows(lines, tuple(SYSTEMS), by=("batch", "step_tokens", "slots"))
-    found.sort(
-        key=lambda row: (*(str(row.first[n]) for n in _WORKLOAD[:-1]), row.first["adapters"])
-    )
+    found.sort(key=lambda row: (*(str(row.first[n]) for n in _TRACE), row.first["adapters"]))
     cells = [
         [
             _workload(row.first),
             str(row.first["adapters"]),
             system(row.first),
-            row.spread(".0f", *_RATE),
-            row.text(".1f", *_REQUESTS),
+            row.spread(".0f", _WHOLE),
+            row.text(".0f", "out_tok_s_steady"),
+            row.text(".1f", "req_s"),
             row.text(".0%", "ratio"),
             row.text(".2f", "ttft_mean_s"),
             row.text(".0%", "attainment"),
@@ -100,8 +147,8 @@ def _traces(lines: Sequence[Line]) -> str:
         for row in found
     ]
     heads = (
-        "Trace", "adapters", "", "output tokens/s", "requests/s", "of limit", "first token, s",
-        "within 6 s", "between tokens, ms, median / p99", "loads",
+        "Trace", "adapters", "", "output tokens/s", "steady", "requests/s", "of limit",
+        "first token, s", "within 6 s", "between tokens, ms, median / p99", "loads",
     )  # fmt: skip
     return table(heads, cells)
 
@@ -114,7 +161,7 @@ def _workload(line: Line) -> str:
     return text + (", Arena's lengths" if line["lengths"] == "arena" else "")
 
 
-def _adapters(lines: Sequence[Line]) -> str:
+def _numbers(lines: Sequence[Line]) -> str:
     cells = [
         [
             row.first["setting"],
@@ -168,10 +215,10 @@ def _ablations(lines: Sequence[Line]) -> str:
 
 
 def _key(line: Line) -> tuple:
-    return tuple(line[name] for name in (*_WORKLOAD[:-1], "batch"))
+    return tuple(line[name] for name in (*_TRACE, "batch"))
 
 
-def _prefill(lines: Sequence[Line]) -> str:
+def prefill(lines: Sequence[Line]) -> str:
     cells = [
         [
             f"{line['shape']}, {line['prompt']} tokens a step",
@@ -193,10 +240,14 @@ def is_plotted(line: Line) -> bool:
 def plot(lines: Sequence[Line]) -> str:
     """A bar for every system, trace and number of adapters: output tokens a second."""
     found = rows(filter(is_plotted, lines), tuple(SYSTEMS), by=("device",))
-    found.sort(key=lambda row: (_workload(row.first), row.first["adapters"], system(row.first)))
-    rates = [row.median(*_RATE) or 0.0 for row in found]
+    found.sort(
+        key=lambda row: (
+            row.first["device"], _workload(row.first), row.first["adapters"], _name(row) != OURS,
+        )
+    )  # fmt: skip
+    rates = [row.median(_WHOLE) or 0.0 for row in found]
     most = max(rates)
-    height_of, left, width, top = 22, 330, 420, 10
+    height_of, left, width, top = 22, 400, 420, 10
     height = top + height_of * len(found) + 10
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 80}" height="{height}"'
@@ -206,7 +257,8 @@ def plot(lines: Sequence[Line]) -> str:
     for number, (row, rate) in enumerate(zip(found, rates, strict=True)):
         y = top + height_of * number
         line, length = row.first, width * rate / most
-        label = f"{_workload(line)}, {line['adapters']} adapters: {system(line)}"
+        count = f"{line['adapters']} adapters" if line["adapters"] else "no adapter"
+        label = f"{line['device']}, {_workload(line)}, {count}: {system(line)}"
         colour = _COLOURS[SYSTEMS[line["benchmark"]]]
         parts += [
             f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>',

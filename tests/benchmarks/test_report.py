@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's figures are those of the committed results."""
+"""The figures of the README and of the pages in `docs/` are those of the committed results."""
 
 import json
 from xml.etree import ElementTree
 
 from benchmarks import report_tensor_parallel as tensor_parallel
 from benchmarks.report import (
-    CURVE,
-    DEVICES,
-    DEVICES_PAGE,
-    PLOT,
-    README,
-    ROOT,
+    DOCS,
+    comparison,
+    pages,
+    pictures,
     plot,
     plot_curve,
     read_results,
@@ -49,30 +47,23 @@ STEP = {
 }
 
 
-def test_the_readme_says_what_was_measured():
-    readme = README.read_text()
-    assert updated(readme, report(read_results())) == readme, "run: python -m benchmarks.report"
+def test_the_pages_say_what_was_measured():
+    for page, text in pages(read_results()).items():
+        before = page.read_text()
+        assert updated(before, text) == before, f"{page.name}: run python -m benchmarks.report"
 
 
-def test_the_page_on_tensor_parallelism_says_what_was_measured():
-    page, lines = DEVICES_PAGE.read_text(), read_results()
-    assert updated(page, tensor_parallel.full(lines)) == page, "run: python -m benchmarks.report"
-    assert (ROOT / DEVICES).read_text() == tensor_parallel.plot(lines)
-
-
-def test_the_picture_shows_what_was_measured():
-    if (ROOT / PLOT).exists():
-        assert (ROOT / PLOT).read_text() == plot(read_results())
-
-
-def test_the_curve_shows_what_was_measured():
-    if (ROOT / CURVE).exists():
-        assert (ROOT / CURVE).read_text() == plot_curve(read_results())
+def test_the_pictures_show_what_was_measured():
+    found = pictures(read_results())
+    assert {"benchmarks.svg", "traces.svg", "tensor_parallel.svg"} <= set(found)
+    for name, picture in found.items():
+        assert (DOCS / name).read_text() == picture, f"{name}: run python -m benchmarks.report"
 
 
 def test_without_results_there_is_no_table(tmp_path):
     assert read_results(tmp_path) == []
-    assert report([]) == ""
+    assert report([]) == comparison([]) == ""
+    assert pictures([]) == {}
 
 
 def test_the_latest_result_counts(tmp_path):

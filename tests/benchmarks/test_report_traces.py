@@ -4,7 +4,7 @@
 from xml.etree import ElementTree
 
 from benchmarks import report_traces as traces
-from benchmarks.report import report
+from benchmarks.report import comparison, report
 
 TRACE = {
     "device": "NVIDIA H200",
@@ -34,31 +34,49 @@ TRACE = {
     "itl_p99_ms": 44.4,
     "loads": 700,
 }
-OTHER = {**TRACE, "ratio": None, "loads": None}
+OTHER = {**TRACE, "ratio": None, "loads": None, "out_tok_s_steady": None}
 LINES = [
     {**TRACE, "commit": "old", "date": "2026-01-01", "out_tok_s_steady": 1.0, "run": 3},
     TRACE,
     {**TRACE, "run": 1, "out_tok_s_steady": 8200.0},
     {**TRACE, "run": 2, "out_tok_s_steady": None, "out_tok_s": 7900.0},
     {**TRACE, "adapters": 5, "popularity": "zipf", "cv": 4.0, "lengths": "arena"},
-    {**OTHER, "benchmark": "vllm_lora", "vllm": "0.26.0", "slots": 256, "out_tok_s_steady": 3210.0},
-    {**OTHER, "benchmark": "hf_peft", "peft": "0.19.0", "out_tok_s_steady": 99.0},
+    {**OTHER, "benchmark": "vllm_lora", "vllm": "0.26.0", "slots": 256, "out_tok_s": 2800.0},
+    {**OTHER, "benchmark": "hf_peft", "peft": "0.19.0", "out_tok_s": 70.0, "duration": 30.0},
 ]
 
 
 def test_traces():
     text = traces.summary(LINES)
     assert (
-        "| S1, 60 requests/s | 1000 | slora-jax | 8000 (7900 to 8200) | 30.5 | 71% | 12.35 | 25% "
-        "| 24 / 44 | 700 |"
+        "| S1, 60 requests/s | 1000 | slora-jax | 7000 (7000 to 7900) | 8100 | 25.0 | 71% | 12.35 "
+        "| 25% | 24 / 44 | 700 |"
     ) in text
     assert (
-        "| S1, 60 requests/s | 1000 | vLLM 0.26.0 | 3210 | 30.5 |  | 12.35 | 25% | 24 / 44 |  |"
+        "| S1, 60 requests/s | 1000 | vLLM 0.26.0 | 2800 |  | 25.0 |  | 12.35 | 25% | 24 / 44 |  |"
     ) in text
-    assert "| S1, 60 requests/s | 1000 | PEFT 0.19.0 | 99 |" in text
-    assert "| S1, 60 requests/s, zipf 1, cv 4, Arena's lengths | 5 | slora-jax | 8000 |" in text
+    assert "| S1, 60 requests/s | 1000 | PEFT 0.19.0 | 70 |" in text
+    assert "| S1, 60 requests/s, zipf 1, cv 4, Arena's lengths | 5 | slora-jax | 7000 |" in text
     assert text in report(LINES)
-    assert "docs/traces.svg" in report(LINES)
+
+
+def test_systems_side_by_side():
+    # The whole run's figures; of the traces that another system has served, too.
+    text = traces.comparison(LINES)
+    assert "| vLLM 0.26.0 | slora-jax ÷ vLLM | PEFT 0.19.0 | slora-jax ÷ PEFT |" in text
+    row = "| S1, 60 requests/s | 1000 | 7000 (7000 to 7900) | 2800 | 2.5 | 70 | 100.0 |"
+    assert text.splitlines()[2:] == [row]
+    assert text in comparison(LINES)
+    assert "docs/traces.svg" in comparison(LINES)
+    assert traces.comparison([TRACE]) == comparison([TRACE]) == ""
+
+
+def test_the_numbers_of_adapters_are_ours_too():
+    lines = [{**TRACE, "benchmark": "adapters", "adapters": 0, "running_mean": 255.6}, *LINES[5:]]
+    assert [line.split("|")[2:5] for line in traces.comparison(lines).splitlines()[2:]] == [
+        [" none ", " 7000 ", "  "],
+        [" 1000 ", "  ", " 2800 "],
+    ]
 
 
 def test_numbers_of_adapters():
@@ -101,8 +119,8 @@ def test_plot_is_a_bar_each_and_the_longest_is_the_most():
     assert len(bars) == 4
     widths = sorted(int(one.attrib["width"]) for one in bars)
     assert widths[-1] == 420
-    assert widths[0] == round(420 * 99 / 8000)
+    assert widths[0] == round(420 * 70 / 7000)
 
 
 def test_nothing_without_results():
-    assert traces.summary([]) == ""
+    assert traces.summary([]) == traces.comparison([]) == ""
