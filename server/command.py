@@ -159,6 +159,11 @@ def _server_config(args: argparse.Namespace, max_loras: int | None) -> ServerCon
     )
 
 
+_LAST_WORDS_S = (
+    0.5  # for those that were cut off, and those that were on their way to a busy server
+)
+
+
 class _Server(uvicorn.Server):
     """Drains before it stops: `/health` goes on saying so meanwhile."""
 
@@ -193,5 +198,5 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         await self._front.drain()
-        await asyncio.sleep(0.1)  # for the last words of those that were cut off
+        await asyncio.sleep(_LAST_WORDS_S)
         self.should_exit = True

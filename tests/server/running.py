@@ -75,10 +75,10 @@ class RunningServer:
             return None
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=60, verify=False, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=60, verify=False, **options)
 
     def status(self) -> dict[str, Any]:
         return self.get("/status").raise_for_status().json()
