@@ -20,9 +20,20 @@ def test_served_takes_times_between_a_requests_own_tokens():
     assert one.whole == 5.5
 
 
+def measure(*arguments, tries=3):
+    """On a busy machine the clients may find a stream of the tiny model whole: then once more."""
+    for left in reversed(range(tries)):
+        try:
+            assert serving.main(arguments) == 0
+            return
+        except RuntimeError as error:
+            if not left or "one piece" not in str(error):
+                raise
+
+
 def test_both_ways(capfd, tmp_path):
     file = tmp_path / "results.jsonl"
-    assert serving.main([*ARGUMENTS.split(), "--results", str(file)]) == 0
+    measure(*ARGUMENTS.split(), "--results", str(file))
     [line] = [json.loads(text) for text in file.read_text().splitlines()]
     assert json.loads(capfd.readouterr().out) == line
     for name in ("step_ms", "gap_p99_ms", "ttft_ms", "tokens_per_s"):
