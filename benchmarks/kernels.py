@@ -24,7 +24,7 @@ from benchmarks.problems import Problem, Size
 from benchmarks.projection_problems import PROJECTIONS, Lora, Matmul, MixedLora
 from benchmarks.record import Recorder, say
 from benchmarks.shapes import KERNEL_SHAPES
-from pallas_kernels.backend import Backend, why_not_mosaic
+from pallas_kernels.backend import Backend, why_not_mosaic, why_not_triton
 from pallas_kernels.layout import PageLayout
 
 PROMPT = 4096  # tokens of a long prefill
@@ -45,6 +45,12 @@ class Case:
     target: bool = False
     reference: bool = False
     base: Matmul | None = None
+
+    def has(self, backend: Backend) -> bool:
+        """Whether there is something of that backend's to measure."""
+        if backend == "triton":  # projections are XLA's there
+            return not isinstance(self.problem, Matmul)
+        return backend == "mosaic" or self.reference
 
 
 def target_cases() -> Iterator[Case]:
@@ -151,7 +157,7 @@ class Benchmark:
         )
 
     def _measure(self, problem: Problem, backend: Backend) -> Timing:
-        length = self._size.length if backend == "mosaic" else max(self._size.length // 4, 1)
+        length = self._size.length if backend != "xla" else max(self._size.length // 4, 1)
         size = Size(length, self._size.data_bytes)
         timing = self._of_one(problem.program(backend, size), length)
         overhead = problem.overhead(size)
@@ -168,7 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="REGEX", help="of operation, model and case")
     parser.add_argument("--quick", action="store_true", help="only the target table")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try it on a CPU")
-    parser.add_argument("--backend", choices=get_args(Backend), help="only this one")
+    parser.add_argument(
+        "--backend",
+        type=backends,
+        default=["mosaic", "xla"],
+        metavar="NAME,…",
+        help="triton, mosaic or xla, side by side; XLA where the table asks for it",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="to append the results to")
     args = parser.parse_args(argv)
 
@@ -180,15 +192,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = recorder.ceilings(small=args.smoke)
     size = Size(2, 1) if args.smoke else Size(64, 10**9)
     benchmark = Benchmark(recorder, limits, size, repetitions=3 if args.smoke else 5)
-    reason = why_not_mosaic(dtype=jnp.bfloat16, layout=PageLayout(8, 128, 16))
-    if reason is not None:
-        say(f"without Mosaic: {reason}")
+    usable: list[Backend] = []
+    asked: list[Backend] = ["xla"] if args.smoke else args.backend
+    for backend in asked:
+        if reason := why_not(backend):
+            say(f"without {backend}: {reason}")
+        else:
+            usable.append(backend)
     for case in chosen:
-        backends: tuple[Backend, ...] = ("mosaic", "xla") if case.reference else ("mosaic",)
-        for backend in ("xla",) if args.smoke or reason is not None else backends:
-            if args.backend in (None, backend):
+        for backend in usable:
+            if case.has(backend) or usable == ["xla"]:
                 benchmark.run(tiny(case) if args.smoke else case, backend)
     return 1 if benchmark.failures else 0
+
+
+def backends(text: str) -> list[Backend]:
+    """The value of `--backend`."""
+    known: dict[str, Backend] = {name: name for name in get_args(Backend)}
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"no backend {name!r}: there are {', '.join(known)}")
+    return [known[name] for name in text.split(",")]
+
+
+def why_not(backend: Backend) -> str | None:
+    """What keeps a backend from being measured on this machine; None: nothing."""
+    model = {"dtype": jnp.bfloat16, "layout": PageLayout(8, 128, 16)}
+    reasons = {"mosaic": why_not_mosaic, "triton": why_not_triton}
+    return reasons[backend](**model) if backend in reasons else None
 
 
 def tiny(case: Case) -> Case:

@@ -101,8 +101,9 @@ class EngineConfig(SchedulingOptions):
         dtype: of weights, KV cache and adapters. "auto": the checkpoint's on an accelerator,
             float32 on CPU, where XLA computes bfloat16 by way of float32 anyway.
         load_format: "dummy" makes random weights of the true shape on the device.
-        kernel_backend: "mosaic" (Pallas Mosaic GPU, NVIDIA Hopper) or "xla" (everywhere);
-            "auto": mosaic where it can run. The environment variable SLORA_BACKEND overrides it.
+        kernel_backend: "mosaic" (Pallas Mosaic GPU, NVIDIA Hopper), "triton" (NVIDIA since
+            Ampere, with the extra of that name) or "xla" (everywhere); "auto": the first of
+            them that can run. The environment variable SLORA_BACKEND overrides it.
         tensor_parallel_size: devices that the model is dealt out to, of all that JAX sees.
         lora_partition: how adapters are dealt out to them. "slora": each weight once, as published,
             with collectives of its own; "no-comm": some weights on every device, and no collective
@@ -130,7 +131,7 @@ class EngineConfig(SchedulingOptions):
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
-    kernel_backend: Literal["auto", "mosaic", "xla"] = "auto"
+    kernel_backend: Literal["auto", "mosaic", "triton", "xla"] = "auto"
     tensor_parallel_size: int = 1
     lora_partition: Literal["auto", "slora", "no-comm"] = "auto"
     page_size: int = 16
@@ -193,7 +194,7 @@ class EngineConfig(SchedulingOptions):
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("load_format", ("auto", "dummy")),
-            ("kernel_backend", ("auto", "mosaic", "xla")),
+            ("kernel_backend", ("auto", "mosaic", "triton", "xla")),
             ("lora_partition", ("auto", "slora", "no-comm")),
         ):
             if getattr(self, name) not in choices:

@@ -3,8 +3,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
-from pallas_kernels.kv_write import mosaic, reference
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
 
 
@@ -32,5 +31,6 @@ def kv_write(
     Returns:
         The updated pool.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.kv_write(pool, layer, k, v, page, offset, layout=layout)
+    return implementation(__name__, backend).kv_write(
+        pool, layer, k, v, page, offset, layout=layout
+    )

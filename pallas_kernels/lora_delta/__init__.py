@@ -3,9 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_delta import mosaic, reference
 from pallas_kernels.segments import Adapters, Modules
 
 
@@ -35,7 +34,6 @@ def lora_delta(
     Returns:
         In y's dtype, rounded once. Tokens of the base model keep y bit for bit.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.lora_delta(
+    return implementation(__name__, backend).lora_delta(
         x, y, pool, layer, adapters, modules=modules, max_rank=max_rank, layout=layout
     )

@@ -3,9 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_expand import mosaic, reference
 from pallas_kernels.segments import Adapters, Modules
 
 
@@ -34,5 +33,6 @@ def lora_expand(
     Returns:
         In y's dtype, rounded once. Tokens of the base model keep y bit for bit.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.lora_expand(y, h, pool, layer, adapters, modules=modules, layout=layout)
+    return implementation(__name__, backend).lora_expand(
+        y, h, pool, layer, adapters, modules=modules, layout=layout
+    )

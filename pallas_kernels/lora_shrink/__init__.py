@@ -3,9 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.lora_shrink import mosaic, reference
 from pallas_kernels.segments import Adapters, Modules
 
 
@@ -34,7 +33,6 @@ def lora_shrink(
     Returns:
         float32. Zero past a module's rank and for tokens of the base model.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.lora_shrink(
+    return implementation(__name__, backend).lora_shrink(
         x, pool, layer, adapters, modules=modules, max_rank=max_rank, layout=layout
     )

@@ -3,9 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.paged_decode import mosaic, reference
 
 
 def paged_decode(
@@ -30,5 +29,6 @@ def paged_decode(
     Returns:
         In q's dtype.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.paged_decode(q, pool, layer, page_table, context_len, layout=layout)
+    return implementation(__name__, backend).paged_decode(
+        q, pool, layer, page_table, context_len, layout=layout
+    )

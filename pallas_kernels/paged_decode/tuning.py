@@ -33,3 +33,31 @@ TUNING = {
     # 142.3, batch 8 at 8192 78.4 / 79.0.
     "NVIDIA H200": Tuning(ctas=1 << 16, resident=396),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class TritonTuning:
+    """The same of the Triton `paged_decode`.
+
+    Attributes:
+        programs: of a multiprocessor, that keep it busy. Contexts are split where there are fewer.
+        block_keys: keys and values of one step.
+        max_splits: most parts of a context.
+        warps: of a program.
+        stages: of its loop's pipeline.
+    """
+
+    programs: int = 4
+    block_keys: int = 64
+    max_splits: int = 16
+    warps: int = 4
+    stages: int = 3
+
+
+TRITON = {  # by compute capability
+    80: TritonTuning(),
+    # On an H200, us of 32/32 heads, batch 64, at context 2048 / 320, of 32/8 heads, batch 64 at
+    # 2048 / batch 8 at 8192: 515.6 / 90.1 / 129.6 / 71.7. 4 warps 547.2 / 95.5 / 134.7 / 74.3; 32
+    # keys and 2 stages 505.8 / 85.7 / 152.8 / 81.0; 128 keys 522.9 / 98.5 / 158.8 / 85.8.
+    90: TritonTuning(warps=2),
+}

@@ -3,9 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.paged_prefill import mosaic, reference
 
 
 def paged_prefill(
@@ -34,7 +33,6 @@ def paged_prefill(
     Returns:
         In q's dtype; 0 for tokens that no request owns.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.paged_prefill(
+    return implementation(__name__, backend).paged_prefill(
         q, pool, layer, page_table, query_start, query_len, context_len, layout=layout
     )

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of work items of the Mosaic `paged_prefill`, made on the device from a step's lengths.
+"""How kernels of `paged_prefill` share the work, found on the device from a step's lengths.
 
 It depends on the step alone, not on the layer: XLA computes it once for all layers.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import ceil_div
 
@@ -24,6 +25,32 @@ class Item(NamedTuple):
     keys: Array  # that the last row sees; 0 for tokens that no request owns
     context: Array  # length
     request: Array
+
+
+def apart(
+    decode: Callable[..., Array],
+    prefill: Callable[..., Array],
+    q: Float[Array, "T H D"],
+    pool: Float[Array, "L P elems"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, "B N"],
+    query_start: Int[Array, " B"],
+    query_len: Int[Array, " B"],
+    context_len: Int[Array, " B"],
+) -> Float[Array, "T H D"]:
+    """Single tokens by `paged_decode`'s kernel: in a block of queries each would be alone.
+
+    Args:
+        decode: takes what `paged_decode` takes.
+        prefill: takes the same as this; requests of single tokens have no queries.
+    """
+    where, single = (pool, layer, page_table), query_len == 1
+    queries = q.at[query_start].get(mode="clip")
+    singles = decode(queries, *where, jnp.where(single, context_len, 0))
+    out = prefill(q, *where, query_start, jnp.where(single, 0, query_len), context_len)
+    row = jnp.arange(len(single))  # beside the array, each in a place of its own, are the others
+    at = jnp.where(single, query_start, len(q) + row)
+    return out.at[at].set(singles, mode="drop", unique_indices=True)
 
 
 def work_items(

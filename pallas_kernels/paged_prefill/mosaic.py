@@ -14,7 +14,7 @@ from pallas_kernels.backend import interpreted, tuned
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.mosaic import WGMMA, accumulator, swizzled
 from pallas_kernels.paged_decode.mosaic import paged_decode
-from pallas_kernels.paged_prefill.items import ALIGN, Item, work_items
+from pallas_kernels.paged_prefill.items import ALIGN, Item, apart, work_items
 from pallas_kernels.paged_prefill.tuning import TUNING, Tuning
 
 ROWS = 64  # of a wgmma, and so of a warpgroup's share of an item
@@ -34,24 +34,22 @@ def paged_prefill(
 ):
     """See `pallas_kernels.paged_prefill.paged_prefill`.
 
-    Single tokens are `paged_decode`'s: here each would have a tile of 64 rows to itself. Of the
-    others an item of work is a block of consecutive tokens of one request and one key/value head,
+    An item of work is a block of consecutive tokens of one request and one key/value head,
     with all its query heads: keys and values are read once for the group. The row of a warpgroup's
     tile is `tokens * g + t` for head g of the group and token t. Items are sorted by length and
     dealt out to the CTAs; a CTA's loads run ahead of its matmuls, across items too.
     """
+    decode = partial(paged_decode, layout=layout)
+    prefill = partial(_prefill, layout=layout, tuning=tuning or tuned(TUNING))
+    spans = query_start, query_len, context_len
+    return apart(decode, prefill, q, pool, layer, page_table, *spans)
+
+
+def _prefill(
+    q, pool, layer, page_table, query_start, query_len, context_len, *, layout, tuning: Tuning
+):
+    """Of all who have queries."""
     tokens, heads, head_dim = q.shape
-    tuning = tuning or tuned(TUNING)
-    single = query_len == 1
-    singles = paged_decode(
-        q.at[query_start].get(mode="clip"),
-        pool,
-        layer,
-        page_table,
-        jnp.where(single, context_len, 0),
-        layout=layout,
-    )
-    query_len = jnp.where(single, 0, query_len)
     q = jnp.pad(q, ((0, -tokens % ALIGN), (0, 0), (0, 0)))  # as it is, but in tiny tests
     tile = 1 << (ROWS * layout.kv_heads // heads).bit_length() - 1  # tokens of a warpgroup's tile
     items, count = work_items(
@@ -61,7 +59,7 @@ def paged_prefill(
         *pool.shape[:2], 2, layout.kv_heads, layout.page_size, layout.head_dim
     )  # indexed, never flattened: offsets in the pool exceed 32 bits
     body = partial(_kernel, tile=tile, layout=layout, tuning=tuning, interpret=interpreted())
-    out = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((tokens, heads, head_dim), q.dtype),
         grid=(tuning.ctas,),
@@ -71,9 +69,6 @@ def paged_prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_prefill",
     )(q, pages, layer[None], page_table, items, count)
-    row = jnp.arange(len(single))  # beside the array, each in a place of its own, are the others
-    at = jnp.where(single, query_start, tokens + row)
-    return out.at[at].set(singles, mode="drop", unique_indices=True)
 
 
 def _kernel(q, pages, layer, table, items, count, out, *, tile, layout, tuning, interpret):

@@ -3,9 +3,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, implementation
 from pallas_kernels.layout import PageLayout
-from pallas_kernels.rope_kv_write import mosaic, reference
 
 
 def rope_kv_write(
@@ -35,7 +34,6 @@ def rope_kv_write(
     Returns:
         The rotated queries, those of padding tokens too, and the updated pool.
     """
-    implementation = mosaic if backend == "mosaic" else reference
-    return implementation.rope_kv_write(
+    return implementation(__name__, backend).rope_kv_write(
         pool, layer, qkv, cos, sin, page, offset, heads=heads, layout=layout
     )

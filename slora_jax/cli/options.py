@@ -49,7 +49,7 @@ _ENGINE_HELP: Mapping[str, str] = {
     "max_num_seqs": "most requests in a batch",
     "max_num_batched_tokens": "most tokens of a step; longer prompts are cut in chunks",
     "decode_batch_sizes": "batch sizes to compile for, up to max-num-seqs (default: powers of two)",
-    "kernel_backend": "mosaic: Pallas kernels for NVIDIA Hopper; xla: everywhere",
+    "kernel_backend": "mosaic: kernels for NVIDIA Hopper; triton: since Ampere; xla: everywhere",
     "max_loras": "most adapters in the pool at once",
     "max_lora_rank": "largest rank of an adapter",
     "max_cpu_loras": "most adapters in host memory; others are read again (default: no limit)",

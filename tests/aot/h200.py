@@ -31,6 +31,9 @@ NEEDS_WHEELS = [
         reason="needs the wheels of the aot group: uv run --group aot pytest tests/aot",
     ),
 ]
+needs_jax_triton = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_triton"), reason="needs jax-triton, of the aot group, too"
+)
 # A GpuTargetConfig in text form, as XLA describes an H200 that it finds.
 TARGET = Path(__file__).with_name("h200_target.txt").read_text()
 
@@ -75,6 +78,11 @@ def compile_for_two(jitted, *args, shape, **statics) -> jax.stages.Compiled:
 def kernels_in(compiled: jax.stages.Compiled) -> list[str]:
     """The Mosaic kernels that an executable calls, one line of HLO each."""
     return re.findall(r".* custom-call\(.*mosaic_gpu.*", compiled.as_text())
+
+
+def triton_kernels_in(compiled: jax.stages.Compiled) -> list[str]:
+    """The same of Triton."""
+    return re.findall(r".* custom-call\(.*triton_kernel_call.*", compiled.as_text())
 
 
 def spilled(output: str) -> dict[str, int]:

@@ -13,7 +13,9 @@ from tests.aot.h200 import (
     compile_for_h200,
     compile_for_two,
     kernels_in,
+    needs_jax_triton,
     spilled,
+    triton_kernels_in,
     two_h200s,
 )
 from tests.engine.shapes import LLAMA_2_7B_4_LAYERS, step_shapes
@@ -73,6 +75,28 @@ def test_mosaic_step(capfd, tokens, lora_mode, of_layer, of_head):
     assert not re.findall(rf"bf16\[{LAYERS},{PAGES},\S+ copy.*", text)
     assert len(kernels_in(compiled)) == LAYERS * of_layer + of_head
     assert not any(spilled("".join(capfd.readouterr())).values())
+
+
+@needs_jax_triton
+@pytest.mark.parametrize(
+    ("tokens", "lora_mode", "of_layer", "of_head"),
+    [
+        # RoPE with the KV write, attention; LoRA of each projection, in two halves. With prompts:
+        # attention of those and of decodes, LoRA of blocks and of single tokens.
+        (ROWS, "none", 2, 0),
+        (ROWS, "all", 2 + 4 * 2, 2),
+        (128, "all", 3 + 4 * 4, 2),
+    ],
+    ids=lambda value: str(value),
+)
+def test_triton_step(tokens, lora_mode, of_layer, of_head):
+    """Its kernels, those that write into the pool in place."""
+    compiled, pool = compiled_step(tokens, lora_mode, "triton")
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < 64 << 20
+    assert not re.findall(rf"bf16\[{LAYERS},{PAGES},\S+ copy.*", text)
+    assert len(triton_kernels_in(compiled)) == LAYERS * of_layer + of_head
 
 
 def test_install_aliases_the_pool():

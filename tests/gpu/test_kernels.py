@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Mosaic kernel on the card, in the shapes of true models, against float32 or float64.
+"""Every kernel on the card, in the shapes of true models, against float32 or float64.
 
 The pool of Llama 2 7B has more elements than 32 bits can count, and its last pages are used.
 """
@@ -29,6 +29,7 @@ from tests.gpu.compare import BF16, LAYER, agree, at_the_end, in_float32, kv_poo
 from tests.pallas_kernels.pages import Pages, RandomAdapters
 
 LARGE = "llama-2-7b"
+ONLY_MOSAIC = pytest.mark.parametrize("backend", ["mosaic"], indirect=True)  # has a kernel for it
 RAGGED = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024]
 
 
@@ -55,11 +56,11 @@ def ints(x):
     return jnp.asarray(x, jnp.int32)
 
 
-def test_writes(name, config, layout):
-    check_writes(layout, config.num_attention_heads, large=name == LARGE)
+def test_writes(backend, name, config, layout):
+    check_writes(backend, layout, config.num_attention_heads, large=name == LARGE)
 
 
-def check_writes(layout, heads, large, tokens=67):
+def check_writes(backend, layout, heads, large, tokens=67):
     """One token a page, the last three padding; nothing else of the pool is touched."""
     kv_heads, head_dim, size = layout.kv_heads, layout.head_dim, layout.page_size
     pool = jnp.full((2, tokens, layout.page_elems), jnp.nan, BF16)
@@ -68,7 +69,7 @@ def check_writes(layout, heads, large, tokens=67):
     if large:
         pool, page = at_the_end(pool, page)
     page = page.at[-3:].set(pool.shape[1])
-    static = {"layout": layout, "backend": "mosaic"}
+    static = {"layout": layout, "backend": backend}
     where = page, offset
 
     def rows(pool):
@@ -111,27 +112,27 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("contexts", CONTEXTS.values(), ids=CONTEXTS)
-def test_decode(name, config, layout, contexts):
-    check_decode(layout, config.num_attention_heads, contexts, large=name == LARGE)
+def test_decode(backend, name, config, layout, contexts):
+    check_decode(backend, layout, config.num_attention_heads, contexts, large=name == LARGE)
 
 
-def check_decode(layout, heads, contexts, large):
+def check_decode(backend, layout, heads, contexts, large):
     pool, table = kv_pool(layout, contexts, columns=-(-max(contexts) // 16) + 3)
     q, lengths = normal(1, len(contexts), heads, layout.head_dim), ints(contexts)
     want = in_float32(partial(paged_decode, layout=layout), q, pool, ints(LAYER), table, lengths)
     if large:
         pool, table = at_the_end(pool, table)
-    attend = partial(paged_decode, layout=layout, backend="mosaic")
+    attend = partial(paged_decode, layout=layout, backend=backend)
     agree(run(attend, q, pool, ints(LAYER), table, lengths), want)
 
 
-def test_prefill(config, layout):
+def test_prefill(backend, config, layout):
     lengths = [1, 1, 1, 200, 15, 16, 17, 64, 3, 0, 0, 128]
     contexts = [1, 17, 900, 200, 31, 16, 1000, 64, 131, 0, 0, 640]
-    check_prefill(layout, config.num_attention_heads, lengths, contexts)
+    check_prefill(backend, layout, config.num_attention_heads, lengths, contexts)
 
 
-def check_prefill(layout, heads, lengths, contexts, gap=5):
+def check_prefill(backend, layout, heads, lengths, contexts, gap=5):
     """Requests in another order than their tokens, a gap before each: nobody's tokens are 0."""
     order = np.random.default_rng(0).permutation(len(lengths))
     starts, tokens = np.zeros(len(lengths), int), 0
@@ -143,7 +144,7 @@ def check_prefill(layout, heads, lengths, contexts, gap=5):
     q = normal(1, tokens, heads, layout.head_dim)
     args = q, pool, ints(LAYER), table, ints(starts), ints(lengths), ints(contexts)
     want = in_float32(partial(paged_prefill, layout=layout), *args)
-    agree(run(partial(paged_prefill, layout=layout, backend="mosaic"), *args), want)
+    agree(run(partial(paged_prefill, layout=layout, backend=backend), *args), want)
 
 
 def linears(config) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -159,30 +160,32 @@ def linears(config) -> dict[str, tuple[int, tuple[int, ...]]]:
     }
 
 
+@ONLY_MOSAIC
 @pytest.mark.parametrize(
     ("which", "tokens"), [("qkv", 64), ("o", 1), ("gate_up", 100), ("down", 128), ("down", 13)]
 )
-def test_matmul(config, which, tokens):
+def test_matmul(backend, config, which, tokens):
     inputs, outputs = linears(config)[which]
-    check_matmul(tokens, inputs, sum(outputs))
+    check_matmul(backend, tokens, inputs, sum(outputs))
 
 
-def check_matmul(tokens, inputs, outputs):
+def check_matmul(backend, tokens, inputs, outputs):
     x, w = normal(0, tokens, inputs), normal(1, outputs, inputs)
-    agree(run(partial(skinny_matmul, backend="mosaic"), x, w), in_float32(skinny_matmul, x, w))
+    agree(run(partial(skinny_matmul, backend=backend), x, w), in_float32(skinny_matmul, x, w))
 
 
+@ONLY_MOSAIC
 @pytest.mark.parametrize("tokens", [1, 13, 64, 128])
-def test_gated_matmul(config, tokens):
+def test_gated_matmul(backend, config, tokens):
     """As good as the reference, and what there is of a step in which gates are adapted, too."""
     inputs, outputs = linears(config)["gate_up"]
     x, w = normal(0, tokens, inputs), normal(1, sum(outputs), inputs)
     w = w / inputs**0.5  # SiLU where it bends
-    gated = run(partial(skinny_matmul, gated=True, backend="mosaic"), x, w)
+    gated = run(partial(skinny_matmul, gated=True, backend=backend), x, w)
     agree(gated, in_float32(partial(skinny_matmul, gated=True), x, w))
 
     def apart(x, w):
-        gate, up = jnp.split(skinny_matmul(x, w, backend="mosaic"), 2, axis=1)
+        gate, up = jnp.split(skinny_matmul(x, w, backend=backend), 2, axis=1)
         return jax.nn.silu(gate) * up
 
     np.testing.assert_array_equal(gated, run(apart, x, w))
@@ -200,20 +203,20 @@ LORA = [
 
 
 @pytest.mark.parametrize(("name", "which"), LORA)
-def test_lora_of_single_tokens(name, config, layout, which):
+def test_lora_of_single_tokens(backend, name, config, layout, which):
     lengths = [1, 9, 3, 0, 1, 30, 2, 5]
-    check_lora(layout, *linears(config)[which], RANKS, lengths, 1, large=name == LARGE)
+    check_lora(backend, layout, *linears(config)[which], RANKS, lengths, 1, large=name == LARGE)
 
 
 @pytest.mark.parametrize(("name", "which"), LORA)
-def test_lora_of_prompts(name, config, layout, which):
+def test_lora_of_prompts(backend, name, config, layout, which):
     lengths = [100, 1, 65, 0, 63, 129, 1, 20]
-    check_lora(layout, *linears(config)[which], RANKS, lengths, 64, large=name == LARGE)
+    check_lora(backend, layout, *linears(config)[which], RANKS, lengths, 64, large=name == LARGE)
 
 
 @pytest.mark.parametrize("name", ["llama-3-70b/8"])
 @pytest.mark.parametrize("block", [1, 64])
-def test_half_modules(config, layout, block):
+def test_half_modules(backend, config, layout, block):
     """B alone in a module's section, as S-LoRA's partition of a tensor has it."""
     lengths, outputs = [20, 1, 65, 0, 9, 3, 1, 2], linears(config)["qkv"][1]
     tokens, base = sum(lengths) + 5, sum(lengths)
@@ -231,7 +234,7 @@ def test_half_modules(config, layout, block):
     h = h.astype(np.float32)
     want = lora.expand(np.asarray(y, np.float64), h, outputs)
     pool = jnp.asarray(pages.pool.astype(BF16))
-    static = {"modules": lora.modules, "layout": layout, "backend": "mosaic"}
+    static = {"modules": lora.modules, "layout": layout, "backend": backend}
 
     def expand(y, h, pool, adapters):
         return lora_expand(y, h, pool, ints(LAYER), adapters, **static)
@@ -242,13 +245,15 @@ def test_half_modules(config, layout, block):
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b"])
-def test_lora_of_the_head(config, layout):
+def test_lora_of_the_head(backend, config, layout):
     """Tiles of a module that belongs to no layer are spread over the slots of all layers."""
     inputs, outputs = config.projection_shape("lm_head")
-    check_lora(layout, inputs, (outputs,), RANKS[:4], [1, 3, 1, 2], 1, layer=None)
+    check_lora(backend, layout, inputs, (outputs,), RANKS[:4], [1, 3, 1, 2], 1, layer=None)
 
 
-def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, large=False):
+def check_lora(
+    backend, layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, large=False
+):
     """In one operation, and half by half."""
     tokens = sum(lengths) + 5  # the last five are the base model's
     # An adapter's modules have unequal ranks, and here and there one is missing.
@@ -276,7 +281,7 @@ def check_lora(layout, inputs, outputs, ranks, lengths, block, *, layer=LAYER, l
         size = {"layout": layout, "tokens": tokens, "block": block, "few": FEW}
         adapters = with_work(adapters.length, numbers, *tables, **size)  # `work` has pages, too
     line = None if layer is None else ints(layer)
-    static = {"modules": lora.modules, "layout": layout, "backend": "mosaic"}
+    static = {"modules": lora.modules, "layout": layout, "backend": backend}
     base = sum(lengths)
 
     def delta(x, y, pool, adapters):

@@ -13,7 +13,7 @@ from tests.sharding.models import write_model
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("partition", ["no-comm", "slora"])
-def test_logits_of_two_devices(tmp_path, partition):
+def test_logits_of_two_devices(tmp_path, backend, partition):
     model = write_model(tmp_path / "model", CONFIG)
     adapters = {
         name: write_adapter(
@@ -33,6 +33,7 @@ def test_logits_of_two_devices(tmp_path, partition):
             model,
             adapters=adapters,
             dtype="bfloat16",
+            kernel_backend=backend,
             tensor_parallel_size=devices,
             lora_partition=partition,
             num_pages=512,

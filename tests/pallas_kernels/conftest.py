@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operation is tested on pages of several shapes, in each of its implementations."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Backend, unsupported_shape
 from pallas_kernels.layout import PageLayout
+from pallas_kernels.paged_decode.tuning import TRITON as TRITON_DECODE
+from pallas_kernels.paged_decode.tuning import TritonTuning as TritonDecode
 from pallas_kernels.paged_prefill.tuning import TUNING as PREFILL
 from tests.pallas_kernels.pages import LAYOUTS, Pages
 
@@ -32,16 +35,24 @@ def backend(request, capsys, monkeypatch) -> Iterator[Backend]:
     """Runs a test once for every implementation, on the layouts that it supports.
 
     Without a GPU, Mosaic's kernels run in its interpreter, which fills fresh memory with NaN and
-    watches for races between the threads of a CTA (between CTAs it sees none).
+    watches for races between the threads of a CTA (between CTAs it sees none), and Triton's in its
+    own, which takes one program after another and whose operators are NumPy's.
     """
     if request.param == "xla":
         yield request.param
         return
     if "layout" in request.fixturenames:
         layout = request.getfixturevalue("layout")
-        if reason := unsupported_shape(dtype=jnp.bfloat16, layout=layout):
+        if reason := unsupported_shape(request.param, dtype=jnp.bfloat16, layout=layout):
             pytest.skip(reason)
     if jax.default_backend() == "gpu":
+        yield request.param
+        return
+    if request.param == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":  # read when Triton is imported
+            pytest.skip("Triton's interpreter has a process of its own: TRITON_INTERPRET=1 pytest")
+        split = TritonDecode(programs=64, block_keys=16, max_splits=4)
+        monkeypatch.setitem(TRITON_DECODE, min(TRITON_DECODE), split)
         yield request.param
         return
     # The interpreter runs one CTA after another: as few as show how they share the work.
@@ -57,4 +68,6 @@ def backend(request, capsys, monkeypatch) -> Iterator[Backend]:
 @pytest.fixture
 def dtype(backend) -> jnp.dtype:
     """What to test an implementation in: the most exact that it supports."""
-    return jnp.dtype(jnp.bfloat16 if backend == "mosaic" else jnp.float32)
+    if backend == "triton" and jax.default_backend() != "gpu":
+        return jnp.dtype(jnp.float16)  # NumPy has no bfloat16, and Triton's interpreter truncates
+    return jnp.dtype(jnp.float32 if backend == "xla" else jnp.bfloat16)

@@ -20,7 +20,11 @@ def rounded(x) -> np.ndarray:
     return np.asarray(x).astype(jnp.bfloat16).astype(np.float32)
 
 
-TOLERANCE = {jnp.dtype(jnp.float32): 2e-6, jnp.dtype(jnp.bfloat16): 4e-3}  # relative
+TOLERANCE = {  # relative
+    jnp.dtype(jnp.float32): 2e-6,
+    jnp.dtype(jnp.float16): 5e-4,
+    jnp.dtype(jnp.bfloat16): 4e-3,
+}
 
 
 def assert_close(got, want: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import backend
 from pallas_kernels.backend import ENVIRONMENT, BackendError, choose_backend, tuned
 from pallas_kernels.layout import PageLayout
 
@@ -17,6 +18,17 @@ LLAMA = {"dtype": "bfloat16", "layout": LAYOUT, "widths": (4096, 11008)}
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    """Has Triton be missing, or something else be wrong with it, or nothing."""
+
+    def have(reason):
+        monkeypatch.setattr(backend, "_why_no_triton", lambda: reason)
+
+    have("install slora-jax[triton]: triton is missing")
+    return have
 
 
 @pytest.fixture
@@ -42,18 +54,62 @@ def hopper(device):
     [
         ("cpu", "cpu"),
         ("tpu", "TPU v5e"),
-        ("gpu", "NVIDIA A100", "8.0"),
-        ("gpu", "NVIDIA B200", "10.0"),
+        ("gpu", "Tesla T4", "7.5"),
         ("gpu", "Radeon", "gfx942"),
     ],
     ids=lambda found: found[1],
 )
-def test_xla_where_mosaic_cannot_run(device, found):
+def test_xla_where_no_kernels_can_run(device, triton, found):
     device(*found)
+    triton(None)
     assert choose_backend("auto", **LLAMA) == "xla"
     assert choose_backend("xla", **LLAMA) == "xla"
     with pytest.raises(BackendError, match=found[0] if found[0] != "gpu" else found[1]):
         choose_backend("mosaic", **LLAMA)
+    with pytest.raises(BackendError, match=found[0] if found[0] != "gpu" else found[1]):
+        choose_backend("triton", **LLAMA)
+
+
+AMPERE_OR_BLACKWELL = [("NVIDIA A100", "8.0"), ("NVIDIA A10", "8.6"), ("NVIDIA B200", "10.0")]
+
+
+@pytest.mark.parametrize("found", AMPERE_OR_BLACKWELL, ids=lambda found: found[0])
+def test_triton_on_other_nvidia_gpus(device, triton, found):
+    device("gpu", *found)
+    triton(None)
+    assert choose_backend("auto", **LLAMA) == choose_backend("triton", **LLAMA) == "triton"
+    with pytest.raises(BackendError, match=found[0]):
+        choose_backend("mosaic", **LLAMA)
+
+
+def test_a_warning_where_triton_is_missing(device):
+    device("gpu", "NVIDIA A100", "8.0")
+    with pytest.warns(UserWarning, match=r"on XLA, slowly.*install slora-jax\[triton\]"):
+        assert choose_backend("auto", **LLAMA) == "xla"
+    with pytest.raises(BackendError, match=r"install slora-jax\[triton\]"):
+        choose_backend("triton", **LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "bfloat16 or float16, not float32"),
+        ({"layout": PageLayout(8, 512, 16)}, "head_dim up to 256, not 512"),
+    ],
+    ids=["dtype", "head_dim"],
+)
+def test_what_triton_does_not_support_is_named(device, triton, change, reason):
+    device("gpu", "NVIDIA A100", "8.0")
+    triton(None)
+    model = {**LLAMA, **change}
+    assert choose_backend("auto", **model) == "xla"
+    with pytest.raises(BackendError, match=reason):
+        choose_backend("triton", **model)
+
+
+def test_triton_takes_what_mosaic_does_not(hopper, triton):
+    triton(None)
+    assert choose_backend("auto", **{**LLAMA, "widths": (4096, 11000)}) == "triton"
 
 
 def test_mosaic_on_hopper(device):
@@ -82,10 +138,10 @@ def test_the_environment_overrides_the_option(hopper, monkeypatch):
 
 
 def test_unknown_names_are_refused(hopper, monkeypatch):
-    with pytest.raises(BackendError, match=r"kernel_backend is 'cuda'.*auto, mosaic or xla"):
+    with pytest.raises(BackendError, match=r"kernel_backend is 'cuda'.*mosaic, triton or xla"):
         choose_backend("cuda", **LLAMA)
-    monkeypatch.setenv(ENVIRONMENT, "triton")
-    with pytest.raises(BackendError, match=rf"{ENVIRONMENT} is 'triton'"):
+    monkeypatch.setenv(ENVIRONMENT, "tpu")
+    with pytest.raises(BackendError, match=rf"{ENVIRONMENT} is 'tpu'"):
         choose_backend("auto", **LLAMA)
 
 
@@ -101,7 +157,8 @@ def test_unknown_names_are_refused(hopper, monkeypatch):
 )
 def test_what_mosaic_does_not_support_is_named(hopper, change, reason):
     model = {**LLAMA, **change}
-    assert choose_backend("auto", **model) == "xla"
+    with pytest.warns(UserWarning, match="on XLA"):
+        assert choose_backend("auto", **model) == "xla"
     with pytest.raises(BackendError, match=reason):
         choose_backend("mosaic", **model)
 

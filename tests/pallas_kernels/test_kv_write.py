@@ -72,7 +72,8 @@ def test_rotates_then_writes(pages, where, backend, dtype, group):
         backend=backend,
     )
     assert pool.is_deleted()
-    rotated = jax.jit(rotate)(x[:, : heads + kv_heads], *angles)
+    turn = jax.jit(rotate) if backend == "xla" else rotate  # without jit each step is rounded
+    rotated = turn(x[:, : heads + kv_heads], *angles)
     np.testing.assert_array_equal(q, rotated[:, :heads])
     written = rotated[:, heads:], x[:, heads + kv_heads :]
     np.testing.assert_array_equal(got.astype(jnp.float32), expect(pages, *written, where))

@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of LoRA: each line of a step's list of work, for single tokens and for blocks.
+
+Single tokens have a slab times a vector, which is a sum of products: a program reads its tiles as
+they lie, several at once, for it is the memory's latency that they wait for. Blocks of tokens have
+matrix products, whose operands are gathered from the tiles' rows, some ranks at a time. Between the
+halves h is float32, in the order of the tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton.language as tl
+
+from pallas_kernels.layout import SLAB_RANKS, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.segments import PAGES_AT_HAND, Modules, Work
+from pallas_kernels.triton import jit, launch, power_of_two, scalar, stages
+
+LEAST_RANKS = 16  # of an operand of `tl.dot`, so two slabs
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernels split their work.
+
+    Attributes:
+        shrink_tiles: of A, that a program for a single token asks for at once.
+        shrink_warps: of such a program.
+        expand_tiles: of each slab of B, whose columns a program for a single token has.
+        expand_slabs: whose tiles it asks for at once.
+        expand_warps: of such a program.
+        block_inputs: columns of x in a step of a program for a block of tokens.
+        block_shrink_ranks: most ranks of its matrix product.
+        block_shrink_warps, stages: of such a program, and of its loop's pipeline.
+        block_outputs: columns of y of a program for a block of tokens.
+        block_expand_ranks, block_expand_warps: the same of it.
+    """
+
+    shrink_tiles: int = 8
+    shrink_warps: int = 4
+    expand_tiles: int = 1
+    expand_slabs: int = 2
+    expand_warps: int = 4
+    block_inputs: int = 128
+    block_shrink_ranks: int = 64
+    block_shrink_warps: int = 4
+    stages: int = 3
+    block_outputs: int = 128
+    block_expand_ranks: int = 32
+    block_expand_warps: int = 4
+
+
+TUNING = {
+    80: Tuning(),
+    # On an H200, us of q, k, v at hidden 4096, 64 tokens: on 64 adapters of rank 16 / of ranks 8 to
+    # 64 / on one adapter 22.1 / 35.4 / 14.0. Shrink of 8 tiles at once, by 4 warps, 22.7 / 36.6 /
+    # 16.5; expand of one slab at once 28.2 / 41.8 / 20.6, of 4 22.1 / 47.5 / 14.0, by 8 warps 41.5
+    # / 56.3 / 31.6. Of 4096 tokens of 8 adapters of rank 16 133.3; with steps of 128 inputs 135.2,
+    # by 4 warps 173.8; of 256 outputs 131.0, which spills, and 128 by 8 warps 250.2.
+    90: Tuning(
+        shrink_tiles=4,
+        shrink_warps=8,
+        block_inputs=256,
+        block_shrink_warps=8,
+        stages=2,
+    ),
+}
+
+
+def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, layout, tuning):
+    """`h = x Aᵀ` of the tokens of a list of work.
+
+    Returns:
+        `[T, M, R]`, float32. What lies past a module's slabs, and other tokens' h, may be anything.
+    """
+    tokens = x.shape[0]
+    static = _static(pool, layer, work, pages, modules, layout)
+    static |= {"INPUTS": modules.inputs, "SLAB_TILES": layout.slab_tiles(modules.inputs)}
+    static |= {"AT_HAND": _at_hand(max_rank, modules.inputs, 0, layer, layout), "RANKS": max_rank}
+    arrays = x, pool, _layer(layer), work.lines, pages
+    h = jax.ShapeDtypeStruct((tokens, modules.count, max_rank), jnp.float32)
+    lines = work.lines.shape[2]
+    if work.block == 1:
+        slabs = ceil_div(max_rank, SLAB_RANKS)
+        tiles = min(tuning.shrink_tiles, power_of_two(ceil_div(modules.inputs, TILE_COLUMNS)))
+        options: dict[str, Any] = {
+            "num_warps": tuning.shrink_warps,
+            "SLABS": slabs,
+            "AT_ONCE": tiles,
+        }
+        grid = (lines, modules.count * slabs)
+        return launch(_shrink_single, *arrays, out_type=[h], grid=grid, **options, **static)
+    ranks = _block_ranks(max_rank, tuning.block_shrink_ranks)
+    parts = ceil_div(max_rank, ranks)
+    step = 2 * tuning.block_inputs * (work.block + ranks)
+    options: dict[str, Any] = {
+        "num_warps": tuning.block_shrink_warps,
+        "num_stages": stages(tuning.stages, step=step),
+        "TOKENS": work.block,
+        "STEP": tuning.block_inputs,
+        "RANK_BLOCK": ranks,
+        "PARTS": parts,
+    }
+    grid = (lines, modules.count * parts)
+    return launch(_shrink_block, *arrays, out_type=[h], grid=grid, **options, **static)
+
+
+def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tuning):
+    """`y + s · h Bᵀ` of the tokens of a list of work; y of the others stays as it is."""
+    max_rank, widest = h.shape[2], max(modules.outputs)
+    static = _static(pool, layer, work, pages, modules, layout)
+    static |= {"A_TILES": layout.slab_tiles(modules.inputs), "COPY": layout.copy_tiles}
+    static |= {"AT_HAND": _at_hand(max_rank, modules.inputs, widest, layer, layout)}
+    # What numbers of columns are multiples of, for wide loads: of 16 bytes there is no wider.
+    align = math.gcd(8, *modules.outputs)
+    static |= {"RANKS": max_rank, "WIDTH": y.shape[1], "ALIGN": align}
+    begin = np.cumsum((0, *modules.outputs[:-1]))
+    slab_tiles = [layout.slab_tiles(columns) for columns in modules.outputs]
+    places = jnp.asarray(np.stack([modules.outputs, begin, slab_tiles], axis=1), jnp.int32)
+    arrays = h, pool, _layer(layer), work.lines, work.scale, pages, places
+    lines = work.lines.shape[2]
+    if work.block == 1:
+        columns = tuning.expand_tiles * TILE_COLUMNS
+        slabs = min(tuning.expand_slabs, power_of_two(ceil_div(max_rank, SLAB_RANKS)))
+        options: dict[str, Any] = {"num_warps": tuning.expand_warps}
+        options |= {"TILES": tuning.expand_tiles, "AT_ONCE": slabs}
+        grid = (lines, ceil_div(widest, columns), modules.count)
+        return launch(_expand_single, *arrays, updated=y, grid=grid, **options, **static)
+    options: dict[str, Any] = {
+        "num_warps": tuning.block_expand_warps,
+        "num_stages": 1,
+        "TOKENS": work.block,
+        "COLUMNS": tuning.block_outputs,
+        "RANK_BLOCK": _block_ranks(max_rank, tuning.block_expand_ranks),
+    }
+    grid = (lines, ceil_div(widest, tuning.block_outputs), modules.count)
+    return launch(_expand_block, *arrays, updated=y, grid=grid, **options, **static)
+
+
+def _static(pool, layer, work: Work, pages, modules: Modules, layout: PageLayout) -> dict[str, Any]:
+    all_modules, lines = work.lines.shape[1:3]
+    return {
+        "LAYERLESS": layer is None,
+        "LAYERS": pool.shape[0],
+        "PAGES": pool.shape[1],
+        "PAGE_TILES": layout.tiles_per_page,
+        "ADAPTER_PAGES": pages.shape[1],
+        "LINES": lines,
+        "ALL_MODULES": all_modules,
+        "FIRST_MODULE": modules.first,
+        "MODULES": modules.count,
+    }
+
+
+def _layer(layer) -> jax.Array:
+    return scalar(jnp.int32(0) if layer is None else layer)
+
+
+def _block_ranks(max_rank: int, most: int) -> int:
+    return min(power_of_two(max(max_rank, LEAST_RANKS)), most)
+
+
+def _at_hand(max_rank: int, inputs: int, outputs: int, layer, layout: PageLayout) -> bool:
+    """Whether a line of work names all pages of such a module: one read less to wait for."""
+    slabs = ceil_div(max_rank, SLAB_RANKS)
+    tiles = slabs * (layout.slab_tiles(inputs) + (layout.slab_tiles(outputs) if outputs else 0))
+    gap = layout.copy_tiles - 1  # between A and B
+    # In its first page a module may have one tile. Tensors of no layer are few.
+    return layer is not None and ceil_div(tiles + gap - 1, layout.tiles_per_page) < PAGES_AT_HAND
+
+
+@jit
+def _line_of(
+    module,
+    layer,
+    LAYERLESS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ALL_MODULES: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """Where this program's line of work is, of its layer and module."""
+    at = LAYERS if LAYERLESS else layer  # the modules of no layer are past the last
+    return (at * ALL_MODULES + module) * LINES + tl.program_id(0)
+
+
+@jit
+def _tile(
+    tile,
+    first,
+    page0,
+    page1,
+    page2,
+    pages,
+    layer,
+    mask,
+    LAYERLESS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    AT_HAND: tl.constexpr,
+):
+    """Where an adapter's tiles begin in the pool, in tiles: their elements need 64 bits.
+
+    Args:
+        first: tile of the module, which lies in page0.
+    """
+    slot = tile // PAGE_TILES
+    if AT_HAND:
+        number = slot - first // PAGE_TILES
+        page = tl.where(number == 0, page0, tl.where(number == 1, page1, page2))
+        found = (layer * PAGES + page) * PAGE_TILES
+    elif LAYERLESS:
+        # The tensors that belong to no layer fill a page in all layers before they go on.
+        page = tl.load(pages + slot // LAYERS, mask=mask, other=0)
+        found = (slot % LAYERS * PAGES + page) * PAGE_TILES
+    else:
+        found = (layer * PAGES + tl.load(pages + slot, mask=mask, other=0)) * PAGE_TILES
+    return found + tile % PAGE_TILES
+
+
+@jit
+def _shrink_single(
+    x,
+    pool,
+    layer,
+    lines,
+    pages,
+    h,
+    LAYERLESS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    ADAPTER_PAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    ALL_MODULES: tl.constexpr,
+    FIRST_MODULE: tl.constexpr,
+    MODULES: tl.constexpr,
+    AT_HAND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SLAB_TILES: tl.constexpr,
+    RANKS: tl.constexpr,
+    SLABS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """A slab of A times a token's x."""
+    TILES: tl.constexpr = (INPUTS + 511) // 512
+    layer = tl.load(layer)
+    module, slab = tl.program_id(1) // SLABS, tl.program_id(1) % SLABS
+    line = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
+    line = lines + line * 8
+    token, size, slabs, first = (
+        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    )  # fmt: skip
+    pages += tl.load(line + 4) * ADAPTER_PAGES
+    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    if (size > 0) & (slab < slabs):
+        number = tl.arange(0, AT_ONCE)[:, None, None, None]
+        group, rank = tl.arange(0, 8)[None, :, None, None], tl.arange(0, 8)[None, None, :, None]
+        column = tl.arange(0, 64)[None, None, None, :]
+        total = tl.zeros([AT_ONCE, 8, 8], tl.float32)
+        for start in range(0, TILES, AT_ONCE):
+            tile = start + number
+            at = _tile(
+                first + slab * SLAB_TILES + tile, first, page0, page1, page2, pages, layer,
+                tile < TILES, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+            )  # fmt: skip
+            own = pool + at.to(tl.int64) * 4096 + ((group * 8 + rank) * 64 + column)
+            a = tl.load(own, mask=tile < TILES, other=0.0)
+            source = tile * 512 + group * 64 + column
+            mine = tl.load(x + token * INPUTS + source, mask=source < INPUTS, other=0.0)
+            total += tl.sum(a.to(tl.float32) * mine.to(tl.float32), 3)
+        ranks = slab * 8 + tl.arange(0, 8)
+        target = h + (token * MODULES + module) * RANKS + ranks
+        tl.store(target, tl.sum(tl.sum(total, 1), 0), mask=ranks < RANKS)
+
+
+@jit
+def _expand_single(
+    y,
+    h,
+    pool,
+    layer,
+    lines,
+    scales,
+    pages,
+    places,
+    LAYERLESS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    ADAPTER_PAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    ALL_MODULES: tl.constexpr,
+    FIRST_MODULE: tl.constexpr,
+    MODULES: tl.constexpr,
+    AT_HAND: tl.constexpr,
+    A_TILES: tl.constexpr,
+    COPY: tl.constexpr,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Some tiles' columns of all slabs of B, times a token's h."""
+    layer = tl.load(layer)
+    module = tl.program_id(2)
+    work = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
+    line = lines + work * 8
+    token, size, slabs, first = (
+        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    )  # fmt: skip
+    pages += tl.load(line + 4) * ADAPTER_PAGES
+    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    scale = tl.load(scales + work)
+    place = places + module * 3
+    columns, begin = (
+        tl.multiple_of(tl.load(place), ALIGN),
+        tl.multiple_of(tl.load(place + 1), ALIGN),
+    )
+    slab_tiles = tl.load(place + 2)
+    first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
+    if (size > 0) & (slabs > 0) & (tl.program_id(1) * TILES * 512 < columns):
+        number = tl.arange(0, AT_ONCE)[:, None, None, None]
+        group, rank = tl.arange(0, 8)[None, :, None, None], tl.arange(0, 8)[None, None, :, None]
+        own = (group * 8 + rank) * 64 + tl.arange(0, 64)[None, None, None, :]
+        y += token.to(tl.int64) * WIDTH + begin
+        h += (token * MODULES + module) * RANKS
+        for n in tl.static_range(TILES):
+            tile = tl.program_id(1) * TILES + n
+            column = tile * 512 + tl.arange(0, 8)[:, None] * 64 + tl.arange(0, 64)[None, :]
+            base = tl.load(y + column, mask=column < columns, other=0.0)
+            total = tl.zeros([AT_ONCE, 8, 8, 64], tl.float32)
+            for start in range(0, slabs, AT_ONCE):
+                slab = start + number
+                there = (slab < slabs) & (tile * 512 < columns)
+                at = _tile(
+                    first_b + slab * slab_tiles + tile, first, page0, page1, page2, pages, layer,
+                    there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+                )  # fmt: skip
+                b = tl.load(pool + at.to(tl.int64) * 4096 + own, mask=there, other=0.0)
+                ranks = slab * 8 + rank
+                mine = tl.load(h + ranks, mask=there & (ranks < RANKS), other=0.0)
+                total += b.to(tl.float32) * mine
+            added = base.to(tl.float32) + scale * tl.sum(tl.sum(total, 2), 0)
+            tl.store(y + column, added.to(base.dtype), mask=column < columns)
+
+
+@jit
+def _shrink_block(
+    x,
+    pool,
+    layer,
+    lines,
+    pages,
+    h,
+    LAYERLESS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    ADAPTER_PAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    ALL_MODULES: tl.constexpr,
+    FIRST_MODULE: tl.constexpr,
+    MODULES: tl.constexpr,
+    AT_HAND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SLAB_TILES: tl.constexpr,
+    RANKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Some ranks of A times a block of tokens' x."""
+    layer = tl.load(layer)
+    module, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    line = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
+    line = lines + line * 8
+    token, size, slabs, first = (
+        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    )  # fmt: skip
+    pages += tl.load(line + 4) * ADAPTER_PAGES
+    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    rank = part * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+    if (size > 0) & (part * RANK_BLOCK < slabs * 8):
+        row, column = tl.arange(0, TOKENS), tl.arange(0, STEP)
+        mine, there = row < size, rank < slabs * 8
+        source = x + (token + row).to(tl.int64)[:, None] * INPUTS
+        total = tl.zeros([TOKENS, RANK_BLOCK], tl.float32)
+        for start in range(0, INPUTS, STEP):
+            at = _tile(
+                first + rank // 8 * SLAB_TILES + start // 512, first, page0, page1, page2, pages,
+                layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+            )  # fmt: skip
+            within = start % 512 + column
+            within = (within // 64 * 512 + within % 64)[:, None] + (rank % 8 * 64)[None, :]
+            a = tl.load(
+                pool + at.to(tl.int64)[None, :] * 4096 + within, mask=there[None, :], other=0.0
+            )
+            inside = start + column < INPUTS
+            own = tl.load(
+                source + start + column[None, :], mask=mine[:, None] & inside[None, :], other=0.0
+            )
+            total = tl.dot(own, a, total)
+        target = h + ((token + row)[:, None] * MODULES + module) * RANKS + rank[None, :]
+        tl.store(target, total, mask=mine[:, None] & (rank < RANKS)[None, :])
+
+
+@jit
+def _expand_block(
+    y,
+    h,
+    pool,
+    layer,
+    lines,
+    scales,
+    pages,
+    places,
+    LAYERLESS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    ADAPTER_PAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    ALL_MODULES: tl.constexpr,
+    FIRST_MODULE: tl.constexpr,
+    MODULES: tl.constexpr,
+    AT_HAND: tl.constexpr,
+    A_TILES: tl.constexpr,
+    COPY: tl.constexpr,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+):
+    """Some columns of B times a block of tokens' h."""
+    layer = tl.load(layer)
+    module = tl.program_id(2)
+    work = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
+    line = lines + work * 8
+    token, size, slabs, first = (
+        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    )  # fmt: skip
+    pages += tl.load(line + 4) * ADAPTER_PAGES
+    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    scale = tl.load(scales + work)
+    place = places + module * 3
+    columns, begin = (
+        tl.multiple_of(tl.load(place), ALIGN),
+        tl.multiple_of(tl.load(place + 1), ALIGN),
+    )
+    slab_tiles = tl.load(place + 2)
+    first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if (size > 0) & (slabs > 0) & (tl.program_id(1) * COLUMNS < columns):
+        row = tl.arange(0, TOKENS)
+        here = row < size
+        target = y + (token + row).to(tl.int64)[:, None] * WIDTH + begin + column[None, :]
+        wanted = here[:, None] & (column < columns)[None, :]
+        base = tl.load(target, mask=wanted, other=0.0)  # early: all that is read comes at once
+        total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for start in range(0, slabs * 8, RANK_BLOCK):
+            rank = start + tl.arange(0, RANK_BLOCK)
+            there = rank < slabs * 8
+            at = _tile(
+                first_b + rank // 8 * slab_tiles + tl.program_id(1) * COLUMNS // 512, first,
+                page0, page1, page2, pages, layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES,
+                AT_HAND,
+            )  # fmt: skip
+            own = (at.to(tl.int64) * 4096 + rank % 8 * 64)[:, None]
+            b = tl.load(
+                pool + own + (column // 64 % 8 * 512 + column % 64)[None, :],
+                mask=there[:, None] & (column < columns)[None, :],
+                other=0.0,
+            )
+            mine = tl.load(
+                h + ((token + row)[:, None] * MODULES + module) * RANKS + rank[None, :],
+                mask=here[:, None] & (there & (rank < RANKS))[None, :],
+                other=0.0,
+            )
+            # h has more digits than the tensor cores take: two numbers, high and low.
+            high = mine.to(b.dtype)
+            total = tl.dot(high, b, total)
+            total = tl.dot((mine - high.to(tl.float32)).to(b.dtype), b, total)
+        added = base.to(tl.float32) + scale * total
+        tl.store(target, added.to(base.dtype), mask=wanted)

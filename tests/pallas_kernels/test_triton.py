@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is chosen for a GPU by its compute capability, and for the versions that are installed."""
+
+import importlib
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+if not importlib.util.find_spec("jax_triton"):
+    pytest.skip("needs the extra triton", allow_module_level=True)
+
+from pallas_kernels import triton
+from pallas_kernels.backend import why_not_triton
+from pallas_kernels.layout import PageLayout
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    def compile_for(number):
+        monkeypatch.setattr(triton, "INTERPRETED", False)
+        monkeypatch.setattr(triton, "_capability", lambda: number)
+
+    return compile_for
+
+
+@pytest.mark.parametrize(
+    ("number", "line"), [(80, "a"), (86, "a"), (89, "b"), (90, "c"), (120, "c"), (75, "a")]
+)
+def test_constants_of_the_last_generation_before(capability, number, line):
+    capability(number)
+    assert triton.tuned({80: "a", 89: "b", 90: "c"}) == line
+
+
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [(80, 3), (86, 2), (89, 2), (90, 3), (87, 3), (123, 2)],  # the last one nobody knows yet
+)
+def test_stages_that_shared_memory_holds(capability, number, found):
+    capability(number)
+    assert triton.stages(3, step=40 << 10, fixed=16 << 10) == found
+    assert triton.stages(3, step=200 << 10) == 1  # one there must be
+
+
+def test_powers_of_two():
+    assert [triton.power_of_two(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+def test_what_is_wrong_with_the_versions_is_said(monkeypatch):
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA A10", compute_capability="8.6")
+    monkeypatch.setattr("jax.devices", lambda: [gpu])
+
+    def broken():
+        raise ImportError("no such symbol")
+
+    monkeypatch.setattr(triton, "jax_triton", broken)
+    reason = why_not_triton(dtype="bfloat16", layout=PageLayout(8, 128, 16))
+    assert reason is not None
+    assert "jax-triton cannot be imported (no such symbol)" in reason
+    assert "triton 3.6 and 3.7" in reason
+
+
+def test_a_triton_without_what_jax_triton_wants_of_it_gets_it(monkeypatch):
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    monkeypatch.delattr(driver, "TMA_TF32", raising=False)
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_lib=SimpleNamespace()))
+    monkeypatch.setattr(triton, "_take_live_inputs", lambda library: None)
+    triton.jax_triton()
+    assert driver.TMA_TF32 == 0
+
+
+@pytest.mark.parametrize("version", [(0, 11, 2), (0, 12, 0)], ids=str)
+def test_the_rule_of_dead_code_is_asked_as_it_expects(monkeypatch, version):
+    """As JAX of either version asks; adapted once, however often that is done."""
+    library = SimpleNamespace(
+        triton_kernel_call_p="call",
+        pe=SimpleNamespace(dce_rules={"call": lambda used, equation: (used, equation)}),
+    )
+    monkeypatch.setattr("jax.__version_info__", version)
+    for _ in range(2):
+        triton._take_live_inputs(library)
+    rule = library.pe.dce_rules["call"]
+    asked = ("used", "live", "equation") if version >= (0, 12) else ("used", "equation")
+    assert rule(*asked) == ("used", "equation")
