@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report_traces import OURS, SYSTEMS, Row, rows
+from benchmarks.report_traces import OURS, SYSTEMS, Row, best, rows
 from benchmarks.tables import table
 
 type Line = dict[str, Any]
@@ -75,7 +75,7 @@ def times(benchmark: str, adapters: int) -> Figure:
     """Our output tokens a second over another server's, on S1, of whole runs."""
 
     def of(lines: Sequence[Line]) -> float | None:
-        found = rows(select(lines, setting="S1", rate=60.0, adapters=adapters), tuple(SYSTEMS))
+        found = best(select(lines, setting="S1", rate=60.0, adapters=adapters))
         ours = [row for row in found if SYSTEMS[row.first["benchmark"]] == OURS]
         other = [row for row in found if row.first["benchmark"] == benchmark]
         if not ours or not other:

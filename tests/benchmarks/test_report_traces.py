@@ -71,6 +71,17 @@ def test_systems_side_by_side():
     assert traces.comparison([TRACE]) == comparison([TRACE]) == ""
 
 
+def test_of_several_ways_to_set_a_system_up_the_best_counts():
+    vllm = {**LINES[5], "step_tokens": 8192, "out_tok_s": 3500.0}
+    for lines in ([*LINES, vllm], [vllm, *LINES]):
+        text = traces.comparison(lines)
+        assert "| 1000 | 7000 (7000 to 7900) | 3500 | 2.0 | 70 | 100.0 |" in text
+        picture = traces.plot(lines)
+        assert ">3500<" in picture
+        assert ">2800<" not in picture
+        assert "| 2800 |" in traces.summary(lines)  # all of them, where there is room
+
+
 def test_the_numbers_of_adapters_are_ours_too():
     lines = [{**TRACE, "benchmark": "adapters", "adapters": 0, "running_mean": 255.6}, *LINES[5:]]
     assert [line.split("|")[2:5] for line in traces.comparison(lines).splitlines()[2:]] == [
