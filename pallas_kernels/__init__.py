@@ -18,4 +18,5 @@ from pallas_kernels.rope_kv_write import rope_kv_write as rope_kv_write
 from pallas_kernels.segments import Adapters as Adapters
 from pallas_kernels.segments import Modules as Modules
 from pallas_kernels.skinny_matmul import FEW_TOKENS as FEW_TOKENS
+from pallas_kernels.skinny_matmul import silu_gated as silu_gated
 from pallas_kernels.skinny_matmul import skinny_matmul as skinny_matmul

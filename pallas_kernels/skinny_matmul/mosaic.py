@@ -157,7 +157,7 @@ def _kernel(x, weight, y, parts=None, *, plan, w_smem, x_smem, y_smem, ready, fr
         def store(*sums):
             """Writes y of this CTA's share of the tokens."""
             # Each sum is rounded as if it were stored: a token without adapter gets the same in a
-            # step in which others' gates are adapted, where XLA does this.
+            # step in which others' gates are adapted, where `silu_gated` does this.
             result, *up = (one.astype(y.dtype).astype(jnp.float32) for one in sums)
             if up:
                 result = result / (1.0 + jnp.exp(-result)) * up[0]

@@ -10,5 +10,10 @@ def skinny_matmul(x, weight, *, gated: bool = False):
     y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
     if not gated:
         return y
-    gate, up = jnp.split(y, 2, axis=1)
-    return jax.nn.silu(gate) * up
+    return silu_gated(y)
+
+
+def silu_gated(y):
+    """See `pallas_kernels.skinny_matmul.silu_gated`."""
+    gate, up = jnp.split(y.astype(jnp.float32), 2, axis=1)
+    return (jax.nn.silu(gate) * up).astype(y.dtype)

@@ -26,6 +26,7 @@ from pallas_kernels import (
     paged_decode,
     paged_prefill,
     rope_kv_write,
+    silu_gated,
 )
 from pallas_kernels.backend import Backend
 from pallas_kernels.segments import with_work
@@ -189,8 +190,7 @@ def decoder_layer(
     if lora is None or lora.adapted.isdisjoint(names):
         hidden = weights.gate_up.gated(z, attention.backend)
     else:
-        gate, up = jnp.split(linear(weights.gate_up, z, names=names), 2, axis=1)
-        hidden = jax.nn.silu(gate) * up
+        hidden = silu_gated(linear(weights.gate_up, z, names=names))
     x = x + tensor.sum(linear(weights.down, hidden, names=("down_proj",)))
     return x, pool
 

@@ -2,11 +2,10 @@
 """The weights of a Llama as a pytree."""
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from pallas_kernels import FEW_TOKENS, skinny_matmul
+from pallas_kernels import FEW_TOKENS, silu_gated, skinny_matmul
 from pallas_kernels.backend import Backend
 
 
@@ -31,8 +30,7 @@ class Linear:
         """`silu(gate) * up` of the two halves of y; of few tokens in one kernel."""
         if x.shape[0] <= FEW_TOKENS and self.scale is None and self.bias is None:
             return skinny_matmul(x, self.weight, gated=True, backend=backend)
-        gate, up = jnp.split(self(x, backend), 2, axis=1)
-        return jax.nn.silu(gate) * up
+        return silu_gated(self(x, backend))
 
 
 @struct.dataclass

@@ -20,6 +20,7 @@ from pallas_kernels import (
     paged_decode,
     paged_prefill,
     rope_kv_write,
+    silu_gated,
     skinny_matmul,
 )
 from pallas_kernels.layout import ceil_div
@@ -203,3 +204,11 @@ def test_lora_of_the_head(compiles, vocab, delta, kernels):
     operands = ints(segments), ints(segments, 300), ints(*tables), ints(*tables)
     scale = shape(*tables, dtype=jnp.float32)
     compiles(head, pool, *operands, scale, shape(ROWS, 4096), shape(ROWS, vocab), kernels=kernels)
+
+
+def test_silu_has_no_intermediate_rounding():
+    """XLA would do each of its operations in bfloat16, and a kernel's tokens get other numbers."""
+    compiled = compile_for_h200(jax.jit(silu_gated), shape(ROWS, 22016))
+    exponentials = [line for line in compiled.as_text().splitlines() if " exponential(" in line]
+    assert exponentials
+    assert all("= f32[" in line for line in exponentials)

@@ -21,6 +21,7 @@ from pallas_kernels import (
     paged_decode,
     paged_prefill,
     rope_kv_write,
+    silu_gated,
     skinny_matmul,
 )
 from pallas_kernels.layout import ceil_div
@@ -185,10 +186,13 @@ def test_gated_matmul(backend, config, tokens):
     agree(gated, in_float32(partial(skinny_matmul, gated=True), x, w))
 
     def apart(x, w):
-        gate, up = jnp.split(skinny_matmul(x, w, backend=backend), 2, axis=1)
-        return jax.nn.silu(gate) * up
+        return silu_gated(skinny_matmul(x, w, backend=backend))
 
-    np.testing.assert_array_equal(gated, run(apart, x, w))
+    # Two compilers' exp and division differ in float32's last digits: few numbers, of those that
+    # lie between two of bfloat16, are rounded the other way.
+    other = run(apart, x, w)
+    assert int(unequal(gated, other)) <= 1e-3 * gated.size
+    np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (gated, other)), rtol=2**-7)
 
 
 RANKS = [16, 1, 256, 7, 64, 100, 8, 33]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import skinny_matmul
+from pallas_kernels import silu_gated, skinny_matmul
 from pallas_kernels.layout import ceil_div
 from pallas_kernels.skinny_matmul import mosaic
 from pallas_kernels.skinny_matmul.tuning import LEAST_STAGES, SHARED_BYTES, TUNING, Plan
@@ -77,6 +77,16 @@ def test_gated(backend, dtype, monkeypatch, tokens, outputs, inputs, plan):
     y = x.astype(np.float64) @ np.asarray(jnp.asarray(w, dtype), np.float64).T
     gate, up = np.split(y, 2, axis=1)
     assert_close(got, gate / (1 + np.exp(-gate)) * up)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_silu_is_rounded_once(dtype):
+    y = np.random.default_rng(0).normal(0, 3, (64, 512))
+    y = np.asarray(jnp.asarray(y, dtype), np.float64)
+    gate, up = np.split(y, 2, axis=1)
+    got = np.asarray(jax.jit(silu_gated)(jnp.asarray(y, dtype)), np.float64)
+    half = float(jnp.finfo(dtype).eps) / 2  # a unit's in the last place
+    np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=1.01 * half, atol=1e-7)
 
 
 @pytest.mark.parametrize("plan", [Plan(128, 1, 3), Plan(128, 2, 3, gated=True)], ids=str)
