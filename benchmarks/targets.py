@@ -51,8 +51,9 @@ def step(field: str, batch: int, adapters: int) -> Figure:
     """Of a decode step of the 7B shape, with adapters of rank 16."""
 
     def of(lines: Sequence[Line]) -> float | None:
-        wanted = {"benchmark": "decode", "shape": "llama-2-7b", "batch": batch}
-        found = select(lines, **wanted, adapters=adapters, prompt=256, modules="attention")
+        wanted: Line = {"benchmark": "decode", "shape": "llama-2-7b", "batch": batch}
+        wanted |= {"prompt": 256, "modules": "attention", "backend": "mosaic"}
+        found = select(lines, **wanted, adapters=adapters)
         found = [line for line in found if bool(line["resident"]) == bool(adapters)]
         return found[-1].get(field) if found else None
 

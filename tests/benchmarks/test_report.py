@@ -83,8 +83,22 @@ def test_base_only_rows_with_and_without_residents_are_two(tmp_path):
 
 def test_tables():
     text = report([DECODE, {**DECODE, "backend": "xla", "us": 900.0}, STEP])
-    assert "| `paged_decode` | 32/8 heads & more | 200.0 | 150.0 | 75 % | 900.0 |  |" in text
-    assert "| llama-2-7b | 64, 256 + 128 | 64 of rank 16 | 7.25 | 6.00 | 83 % | 8828 |" in text
+    assert "| `paged_decode` | 32/8 heads & more | 200.0 | 150.0 | 75 % |  | 900.0 |  |" in text
+    step = "| llama-2-7b | 64, 256 + 128 | 64 of rank 16 | mosaic | 7.25 | 6.00 | 83 % | 8828 |"
+    assert step in text
+
+
+def test_backends_side_by_side():
+    steps = [STEP, {**STEP, "backend": "triton", "step_ms": 8.5}]
+    text = report([DECODE, {**DECODE, "backend": "triton", "us": 210.0}, *steps])
+    assert "| 200.0 | 150.0 | 75 % | 210.0 (1.05) |  |  |" in text
+    assert "| 64 of rank 16 | triton | 8.50 |" in text
+    # Where systems are compared, ours is as it comes.
+    trace = {"setting": "S1", "rate": 60.0, "popularity": "power", "alpha": 1.0, "cv": 1.0}
+    trace |= {"lengths": "uniform", "duration": 60.0, "adapters": 5, "out_tok_s": 2800.0}
+    text = comparison([*steps, {**WHERE, "benchmark": "vllm_lora", "vllm": "0.26.0", **trace}])
+    assert "| mosaic | 7.25 |" in text
+    assert "triton" not in text
 
 
 LOAD = {

@@ -9,6 +9,7 @@ WHERE = {"device": DEVICE, "commit": "abc", "date": "2026-01-01"}
 STEP = {
     **WHERE,
     "benchmark": "decode",
+    "backend": "mosaic",
     "shape": "llama-2-7b",
     "batch": 64,
     "prompt": 256,
@@ -42,6 +43,7 @@ def test_a_step_is_of_the_adapters_it_says():
     assert of_64([STEP, beside, adapted]) == 7.2
     assert step("step_ms", 256, 0)([STEP]) is None
     assert of_64([{**adapted, "modules": "all-linear"}]) is None
+    assert of_64([adapted, {**adapted, "backend": "triton", "step_ms": 8.4}]) == 7.2
 
 
 def test_the_worst_of_the_numbers_of_adapters_counts_once_all_are_measured():
