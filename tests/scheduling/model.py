@@ -181,7 +181,7 @@ class Host:
         for rejection in self.scheduler.take_rejections():
             self.rejected.append(rejection)
             del self.live[rejection.request]
-            del self.overtakers[rejection.request]
+            self.overtakers.pop(rejection.request, None)  # it may have begun, and been preempted
             self.ended(rejection.request)
         self._count_overtakers(plan)
         if plan is not None:
