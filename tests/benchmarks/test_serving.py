@@ -9,7 +9,7 @@ from benchmarks import serving
 from benchmarks.report import report
 
 # Streams long enough to come in several pieces on a busy machine.
-ARGUMENTS = "--shape tiny --batch 2 --streams 4 --prompt 8 --output 960 --adapters 2 --rank 8"
+ARGUMENTS = "--shape tiny --batch 2 --streams 2 --prompt 8 --output 960 --adapters 2 --rank 8"
 
 
 def test_served_takes_times_between_a_requests_own_tokens():
@@ -29,7 +29,7 @@ def test_both_ways(capfd, tmp_path):
         assert line[name] > 0
         assert line[f"{name}_offline"] > 0
     assert line["ratio"] == pytest.approx(line["limit_us"] / line["us"], abs=2e-3)
-    requests = "tiny, 2 at a time, 4 requests of 8 + 960, 2 of rank 8"
+    requests = "tiny, 2 at a time, 2 requests of 8 + 960, 2 of rank 8"
     assert f"| {requests} | without HTTP |" in report([line])
 
 
