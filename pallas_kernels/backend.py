@@ -77,7 +77,8 @@ def choose_backend(
             raise BackendError(
                 f"{where} asks for the {kernels} kernels, but {reason}. Use auto or xla instead"
             )
-    if _capability() >= AMPERE and (reason := _why_no_triton()):
+    could = _capability() >= AMPERE and not unsupported_shape("triton", dtype=dtype, layout=layout)
+    if could and (reason := _why_no_triton()):
         warnings.warn(f"the kernels run on XLA, slowly: for Triton's, {reason}", stacklevel=2)
     return "xla"
 

@@ -174,17 +174,30 @@ def _at_hand(max_rank: int, inputs: int, outputs: int, layer, layout: PageLayout
 
 
 @jit
-def _line_of(
-    module,
+def _read_line(
+    lines,
+    pages,
     layer,
+    module,
     LAYERLESS: tl.constexpr,
     LAYERS: tl.constexpr,
-    ALL_MODULES: tl.constexpr,
+    ADAPTER_PAGES: tl.constexpr,
     LINES: tl.constexpr,
+    ALL_MODULES: tl.constexpr,
 ):
-    """Where this program's line of work is, of its layer and module."""
+    """This program's line of work, of a layer and module: see `segments.Work`.
+
+    Returns:
+        Its number, first token, tokens, slabs, first tile, its adapter's pages, and the three that
+        are at hand.
+    """
     at = LAYERS if LAYERLESS else layer  # the modules of no layer are past the last
-    return (at * ALL_MODULES + module) * LINES + tl.program_id(0)
+    number = (at * ALL_MODULES + module) * LINES + tl.program_id(0)
+    line = lines + number * 8
+    token, size, slabs = tl.load(line), tl.load(line + 1), tl.load(line + 2)
+    first, pages = tl.load(line + 3), pages + tl.load(line + 4) * ADAPTER_PAGES
+    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    return number, token, size, slabs, first, pages, page0, page1, page2
 
 
 @jit
@@ -250,13 +263,10 @@ def _shrink_single(
     TILES: tl.constexpr = (INPUTS + 511) // 512
     layer = tl.load(layer)
     module, slab = tl.program_id(1) // SLABS, tl.program_id(1) % SLABS
-    line = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
-    line = lines + line * 8
-    token, size, slabs, first = (
-        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    _, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
-    pages += tl.load(line + 4) * ADAPTER_PAGES
-    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
     if (size > 0) & (slab < slabs):
         number = tl.arange(0, AT_ONCE)[:, None, None, None]
         group, rank = tl.arange(0, 8)[None, :, None, None], tl.arange(0, 8)[None, None, :, None]
@@ -309,13 +319,10 @@ def _expand_single(
     """Some tiles' columns of all slabs of B, times a token's h."""
     layer = tl.load(layer)
     module = tl.program_id(2)
-    work = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
-    line = lines + work * 8
-    token, size, slabs, first = (
-        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
-    pages += tl.load(line + 4) * ADAPTER_PAGES
-    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
     scale = tl.load(scales + work)
     place = places + module * 3
     columns, begin = (
@@ -379,13 +386,10 @@ def _shrink_block(
     """Some ranks of A times a block of tokens' x."""
     layer = tl.load(layer)
     module, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
-    line = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
-    line = lines + line * 8
-    token, size, slabs, first = (
-        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    _, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
-    pages += tl.load(line + 4) * ADAPTER_PAGES
-    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
     rank = part * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
     if (size > 0) & (part * RANK_BLOCK < slabs * 8):
         row, column = tl.arange(0, TOKENS), tl.arange(0, STEP)
@@ -443,13 +447,10 @@ def _expand_block(
     """Some columns of B times a block of tokens' h."""
     layer = tl.load(layer)
     module = tl.program_id(2)
-    work = _line_of(FIRST_MODULE + module, layer, LAYERLESS, LAYERS, ALL_MODULES, LINES)
-    line = lines + work * 8
-    token, size, slabs, first = (
-        tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3),
+    work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
-    pages += tl.load(line + 4) * ADAPTER_PAGES
-    page0, page1, page2 = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
     scale = tl.load(scales + work)
     place = places + module * 3
     columns, begin = (

@@ -39,15 +39,12 @@ def paged_decode(
     wanted = tuning.programs * multiprocessors() // max(rows * kv_heads, 1)
     splits = 1 << (max(min(most, wanted), 1).bit_length() - 1)
     sizes = {"DIM": dim, "DIM_BLOCK": power_of_two(dim), "SPLITS": splits}
-    parts = [jax.ShapeDtypeStruct((rows, heads, dim), q.dtype)]
-    if splits > 1:
-        numbers = jax.ShapeDtypeStruct((rows, heads, splits), jnp.float32)
-        parts = [jax.ShapeDtypeStruct((rows, heads, splits, dim), jnp.float32), numbers, numbers]
-    kernel = _decode if splits == 1 else _decode_part
+    part = (rows, heads, splits)
+    outs = jax.ShapeDtypeStruct((*part, dim), jnp.float32 if splits > 1 else q.dtype)
     found = launch(
-        kernel,
+        _decode,
         *(q, pool, scalar(layer), page_table, context_len),
-        out_type=parts,
+        out_type=[outs, *[jax.ShapeDtypeStruct(part, jnp.float32)] * 2],
         grid=(rows, kv_heads, splits),
         num_warps=tuning.warps,
         num_stages=stages(tuning.stages, step=4 * tuning.block_keys * sizes["DIM_BLOCK"]),
@@ -63,18 +60,21 @@ def paged_decode(
         BLOCK=tuning.block_keys,
     )
     if splits == 1:
-        return found
+        return found[0].reshape(rows, heads, dim)
     out_type = [jax.ShapeDtypeStruct((rows, heads, dim), q.dtype)]
     return launch(_join, *found, out_type=out_type, grid=(rows * heads,), **sizes)
 
 
 @jit
-def _softmax(
+def _decode(
     q,
     pool,
     layer,
     table,
     context_len,
+    outs,
+    totals,
+    maxima,
     SCALE: tl.constexpr,
     PAGES: tl.constexpr,
     TABLE: tl.constexpr,
@@ -88,7 +88,7 @@ def _softmax(
     DIM_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Of this program's part of the context: sums, maxima, values, and the queries' places."""
+    """A part of the context: its values, and what joins them with others'; if whole, the result."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     query, column = tl.arange(0, QUERIES), tl.arange(0, DIM_BLOCK)
@@ -112,71 +112,14 @@ def _softmax(
             rows, total, highest, out, keys, values, table + request * TABLE, key, limit, position,
             SCALE, ELEMS, ROWS, DIM, BLOCK, DIM_BLOCK,
         )  # fmt: skip
-    return total, highest, out, place, mine, mask
-
-
-@jit
-def _decode(
-    q,
-    pool,
-    layer,
-    table,
-    context_len,
-    result,
-    SCALE: tl.constexpr,
-    PAGES: tl.constexpr,
-    TABLE: tl.constexpr,
-    ELEMS: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    total, _, out, place, _, mask = _softmax(
-        q, pool, layer, table, context_len, SCALE, PAGES, TABLE, ELEMS, HEADS, KV_HEADS, ROWS, DIM,
-        QUERIES, BLOCK, DIM_BLOCK, SPLITS,
-    )  # fmt: skip
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    column = tl.arange(0, DIM_BLOCK)
-    target = result + place[:, None] * DIM + column[None, :]
-    tl.store(target, out.to(result.dtype.element_ty), mask=mask)
-
-
-@jit
-def _decode_part(
-    q,
-    pool,
-    layer,
-    table,
-    context_len,
-    outs,
-    totals,
-    maxima,
-    SCALE: tl.constexpr,
-    PAGES: tl.constexpr,
-    TABLE: tl.constexpr,
-    ELEMS: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    total, highest, out, place, mine, mask = _softmax(
-        q, pool, layer, table, context_len, SCALE, PAGES, TABLE, ELEMS, HEADS, KV_HEADS, ROWS, DIM,
-        QUERIES, BLOCK, DIM_BLOCK, SPLITS,
-    )  # fmt: skip
-    place = place * SPLITS + tl.program_id(2)
-    tl.store(outs + place[:, None] * DIM + tl.arange(0, DIM_BLOCK)[None, :], out, mask=mask)
-    tl.store(totals + place, total, mask=mine)
-    tl.store(maxima + place, highest, mask=mine)
+    place = place * SPLITS + split
+    if SPLITS == 1:
+        out = out / tl.where(total > 0, total, 1.0)[:, None]
+    else:
+        tl.store(totals + place, total, mask=mine)
+        tl.store(maxima + place, highest, mask=mine)
+    target = outs + place[:, None] * DIM + column[None, :]
+    tl.store(target, out.to(outs.dtype.element_ty), mask=mask)
 
 
 @jit

@@ -166,13 +166,15 @@ def halves(x, y, pool, layer, adapters, *, modules, max_rank, **static):
     return lora_expand(y, h, *where, modules=b, **static)
 
 
-def check_lora(config, layout, compiles, delta, names, tokens, block, max_rank, kernels):
+def check_lora(
+    config, layout, compiles, delta, names, tokens, block, max_rank, kernels, backend="mosaic"
+):
     fused = [linears(config)[name] for name in names]
 
     def all_of(pool, layer, length, pages, rank, first_tile, scale, *operands):
         size = {"layout": layout, "tokens": tokens, "block": block}
         adapters = with_work(length, pages, rank, first_tile, scale, **size)
-        static = {"max_rank": max_rank, "layout": layout, "backend": "mosaic"}
+        static = {"max_rank": max_rank, "layout": layout, "backend": backend}
         return [
             delta(x, y, pool, layer, adapters, modules=modules, **static)
             for modules, (x, y) in zip(fused, batched(operands, 2), strict=True)

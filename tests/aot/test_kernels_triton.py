@@ -5,7 +5,6 @@ import importlib
 import re
 import subprocess
 from functools import partial
-from itertools import batched
 from pathlib import Path
 
 import jax
@@ -22,14 +21,13 @@ from pallas_kernels import (
     paged_prefill,
     rope_kv_write,
 )
-from pallas_kernels.segments import with_work
 from tests.aot.h200 import NEEDS_WHEELS, needs_jax_triton
 from tests.aot.test_kernels_h200 import (
     CHUNK,
     PAGE_SIZE,
     ROWS,
+    check_lora,
     ints,
-    linears,
     pool_of,
     shape,
 )
@@ -110,7 +108,7 @@ def test_attention(config, layout, compiles):
     table = ints(ROWS, config.max_position_embeddings // PAGE_SIZE)
     static = {"layout": layout, "backend": "triton"}
     pool = pool_of(layout)
-    for rows, names in ((1, ["_decode_part", "_join"]), (ROWS, ["_decode"])):
+    for rows, names in ((1, ["_decode", "_join"]), (ROWS, ["_decode"])):
         compiles(
             partial(paged_decode, **static),
             *(shape(rows, heads, layout.head_dim), pool, ints()),
@@ -139,22 +137,6 @@ def test_writes(config, layout, compiles):
 @pytest.mark.parametrize(("tokens", "block"), [(ROWS, 1), (CHUNK, 64)], ids=["decode", "prompts"])
 @pytest.mark.parametrize("max_rank", [8, 64, 256])
 def test_lora(config, layout, compiles, tokens, block, max_rank):
-    fused = [linears(config)[name] for name in ("qkv", "down")]
-
-    def all_of(pool, layer, length, pages, rank, first_tile, scale, *operands):
-        size = {"layout": layout, "tokens": tokens, "block": block}
-        adapters = with_work(length, pages, rank, first_tile, scale, **size)
-        static = {"max_rank": max_rank, "layout": layout, "backend": "triton"}
-        return [
-            lora_delta(x, y, pool, layer, adapters, modules=modules, **static)
-            for modules, (x, y) in zip(fused, batched(operands, 2), strict=True)
-        ]
-
-    pool, segments = pool_of(layout), 64
-    tables = segments, pool.shape[0] + 1, 7
-    operands = [ints(), ints(segments), ints(segments, 100), ints(*tables), ints(*tables)]
-    operands.append(shape(*tables, dtype=jnp.float32))
-    for modules in fused:
-        operands += [shape(tokens, modules.inputs), shape(tokens, sum(modules.outputs))]
     kind = "single" if block == 1 else "block"
-    compiles(all_of, pool, *operands, kernels=[f"_shrink_{kind}", f"_expand_{kind}"])
+    kernels, what = [f"_shrink_{kind}", f"_expand_{kind}"], (lora_delta, ("qkv", "down"))
+    check_lora(config, layout, compiles, *what, tokens, block, max_rank, kernels, backend="triton")

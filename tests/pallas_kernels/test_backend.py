@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend is chosen, and what is said where it can't be the one asked for."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import jax
@@ -157,7 +158,8 @@ def test_unknown_names_are_refused(hopper, monkeypatch):
 )
 def test_what_mosaic_does_not_support_is_named(hopper, change, reason):
     model = {**LLAMA, **change}
-    with pytest.warns(UserWarning, match="on XLA"):
+    served = "dtype" not in change  # by Triton, were it there: else there is nothing to install
+    with pytest.warns(UserWarning, match="on XLA") if served else nullcontext():
         assert choose_backend("auto", **model) == "xla"
     with pytest.raises(BackendError, match=reason):
         choose_backend("mosaic", **model)
