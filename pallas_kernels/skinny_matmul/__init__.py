@@ -14,6 +14,7 @@ def skinny_matmul(
     weight: Float[Array, "O I"],
     *,
     gated: bool = False,
+    whole: bool = False,
     backend: Backend = "xla",
 ) -> Float[Array, "T O//{1+gated}"]:
     """`y = x Wᵀ`, made for steps of 1 to 128 tokens.
@@ -22,13 +23,15 @@ def skinny_matmul(
         weight: W as Hugging Face stores it, in x's dtype.
         gated: W is a gate above an equal number of other outputs, as Llama's `gate_up`, and what is
             wanted is `silu(gate) * up`, half as wide.
+        whole: each sum is added up over all inputs in their order, as where `gated`: y is, bit for
+            bit, what is gated there.
 
     Returns:
         In x's dtype: summed in float32, rounded once; `silu(gate) * up`, of the rounded sums, once
         more. The same every time, bit for bit.
     """
     implementation = mosaic if backend == "mosaic" else reference
-    return implementation.skinny_matmul(x, weight, gated=gated)
+    return implementation.skinny_matmul(x, weight, gated=gated, whole=whole)
 
 
 def silu_gated(y: Float[Array, "T O"]) -> Float[Array, "T O//2"]:

@@ -29,7 +29,7 @@ TOKENS = 8  # the grain of a wgmma's columns and of the swizzle
 MOST_TOKENS = 128  # whose accumulators fit in registers
 
 
-def skinny_matmul(x, weight, *, gated: bool = False, plan: Plan | None = None):
+def skinny_matmul(x, weight, *, gated: bool = False, whole: bool = False, plan: Plan | None = None):
     """See `pallas_kernels.skinny_matmul.skinny_matmul`.
 
     Other shapes than these are left to the reference: 1 to 128 tokens, inputs and outputs (of gated
@@ -40,13 +40,15 @@ def skinny_matmul(x, weight, *, gated: bool = False, plan: Plan | None = None):
         plan: how to deal out W; None: as tuned.
     """
     tokens, inputs = x.shape
-    plan = plan or tuned(TUNING).plan(tokens, weight.shape[0], inputs, gated=gated)
+    plan = plan or tuned(TUNING).plan(tokens, weight.shape[0], inputs, gated=gated, whole=whole)
     halves = 2 if gated else 1
     outputs = weight.shape[0] // halves
     if not 0 < tokens <= MOST_TOKENS or inputs % plan.step or outputs % ROWS:
         return reference.skinny_matmul(x, weight, gated=gated)
     if plan.gated != gated or (gated and plan.split > 1):
         raise ValueError(f"{plan} is not for weights that are {'' if gated else 'not '}gated")
+    if whole and not plan.whole:
+        raise ValueError(f"{plan} does not add up all inputs in their order")
     if plan.split > inputs // plan.step:
         raise ValueError(f"{plan} splits {inputs} inputs: some part would have no step")
     if tokens > TOKENS and tokens % TOKENS:

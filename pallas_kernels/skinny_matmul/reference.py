@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 
-def skinny_matmul(x, weight, *, gated: bool = False):
+def skinny_matmul(x, weight, *, gated: bool = False, whole: bool = False):
     """See `pallas_kernels.skinny_matmul.skinny_matmul`."""
     y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
     if not gated:

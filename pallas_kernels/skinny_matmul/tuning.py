@@ -40,6 +40,11 @@ class Plan:
         """Columns of y of one CTA."""
         return self.rows // 2 if self.gated else self.rows
 
+    @property
+    def whole(self) -> bool:
+        """Whether each sum is one of all inputs, in their order."""
+        return self.split == 1 and not self.stagger
+
     def share(self, tokens: int) -> int:
         """Tokens whose sums each CTA of a cluster finishes; the last ones may have fewer, or none.
 
@@ -85,13 +90,23 @@ class Tuning:
     plans: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
     gated: Mapping[tuple[int, int], Plan] = field(default_factory=dict)
 
-    def plan(self, tokens: int, outputs: int, inputs: int, *, gated: bool = False) -> Plan:
+    def plan(
+        self, tokens: int, outputs: int, inputs: int, *, gated: bool = False, whole: bool = False
+    ) -> Plan:
         """The plan of a shape: the measured one, or the cheapest by a simple model.
 
         Gated weights are not split: the parts of two sums would have to be exchanged.
+
+        Args:
+            whole: nor are these, see `Plan.whole`.
         """
+        whole = whole or gated
         measured = (self.gated if gated else self.plans).get((outputs, inputs))
-        if measured is not None and measured.stages(tokens) >= LEAST_STAGES:
+        if (
+            measured is not None
+            and measured.stages(tokens) >= LEAST_STAGES
+            and (measured.whole or not whole)
+        ):
             return measured
 
         def cost(plan: Plan) -> float:
@@ -107,7 +122,7 @@ class Tuning:
         plans = [
             Plan(rows, split, step=step, gated=gated)
             for rows in (GATED_ROWS if gated else ROWS)
-            for split in (SPLITS[:1] if gated else SPLITS)
+            for split in (SPLITS[:1] if whole else SPLITS)
             for step in STEPS
             if inputs % step == 0 and split <= inputs // step
         ]

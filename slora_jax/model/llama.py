@@ -121,7 +121,8 @@ def project(
 
     Of a row-parallel one it is this device's part of the sum.
     """
-    y = linear(x, backend)
+    # A token's gates are the same numbers whether or not others' gates are adapted in its step.
+    y = linear(x, backend, whole=names[0] == "gate_proj")
     if lora is None or lora.adapted.isdisjoint(names):
         return y
     outputs = tuple(config.projection_shape(name)[1] for name in names)

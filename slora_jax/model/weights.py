@@ -17,9 +17,12 @@ class Linear:
     bias: Float[Array, " O"] | None = None
     scale: Float[Array, " O"] | None = None
 
-    def __call__(self, x: Float[Array, "T I"], backend: Backend = "xla") -> Float[Array, "T O"]:
+    def __call__(
+        self, x: Float[Array, "T I"], backend: Backend = "xla", *, whole: bool = False
+    ) -> Float[Array, "T O"]:
+        """`whole`: with the sums that `gated` has, bit for bit, see `skinny_matmul`."""
         if x.shape[0] <= FEW_TOKENS:
-            y = skinny_matmul(x, self.weight, backend=backend)
+            y = skinny_matmul(x, self.weight, whole=whole, backend=backend)
         else:
             y = jax.lax.dot_general(x, self.weight, (((1,), (1,)), ((), ())))
         if self.scale is not None:
@@ -30,7 +33,7 @@ class Linear:
         """`silu(gate) * up` of the two halves of y; of few tokens in one kernel."""
         if x.shape[0] <= FEW_TOKENS and self.scale is None and self.bias is None:
             return skinny_matmul(x, self.weight, gated=True, backend=backend)
-        return silu_gated(self(x, backend))
+        return silu_gated(self(x, backend, whole=True))
 
 
 @struct.dataclass

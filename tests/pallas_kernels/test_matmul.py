@@ -79,6 +79,22 @@ def test_gated(backend, dtype, monkeypatch, tokens, outputs, inputs, plan):
     assert_close(got, gate / (1 + np.exp(-gate)) * up)
 
 
+@pytest.mark.parametrize("split", [2, 4])
+def test_whole_sums_are_those_that_are_gated(backend, monkeypatch, split):
+    """Though the plan of these weights deals out their inputs."""
+    inputs, outputs = 1024, 64
+    shape, step = (2 * outputs, inputs), 128
+    plans = {shape: Plan(64, split, 3, step=step)}, {shape: Plan(128, 1, 3, step=step, gated=True)}
+    tuning = replace(H200, plans=plans[0], gated=plans[1])
+    monkeypatch.setitem(TUNING, jax.devices()[0].device_kind, tuning)
+    x, w = (jax.random.normal(jax.random.key(n), (n, inputs), jnp.bfloat16) for n in (16, 128))
+    gated, whole = (
+        jax.jit(partial(skinny_matmul, backend=backend, **how))(x, w)
+        for how in ({"gated": True}, {"whole": True})
+    )
+    np.testing.assert_array_equal(np.asarray(jax.jit(silu_gated)(whole)), np.asarray(gated))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_silu_is_rounded_once(dtype):
     y = np.random.default_rng(0).normal(0, 3, (64, 512))
@@ -95,6 +111,12 @@ def test_a_plan_that_cannot_gate_is_refused(plan):
         mosaic.skinny_matmul(jnp.ones((16, 128)), jnp.ones((128, 128)), gated=True, plan=plan)
 
 
+@pytest.mark.parametrize("plan", [Plan(64, 2, 3), Plan(64, 1, 3, stagger=True)], ids=str)
+def test_a_plan_of_other_sums_is_refused(plan):
+    with pytest.raises(ValueError, match="order"):
+        mosaic.skinny_matmul(jnp.ones((16, 256)), jnp.ones((64, 256)), whole=True, plan=plan)
+
+
 def test_a_plan_with_more_parts_than_steps_is_refused():
     with pytest.raises(ValueError, match="no step"):
         mosaic.skinny_matmul(jnp.ones((16, 64)), jnp.ones((64, 64)), plan=Plan(64, 2, 3))
@@ -106,12 +128,13 @@ def test_a_plan_with_more_parts_than_steps_is_refused():
     outputs=st.integers(1, 500),
     inputs=st.integers(1, 500),
     gated=st.booleans(),
+    whole=st.booleans(),
 )
-def test_every_shape_has_a_plan(tokens, outputs, inputs, gated):
+def test_every_shape_has_a_plan(tokens, outputs, inputs, gated, whole):
     """One that fits into shared memory, and in which every token's sum is finished once."""
-    plan = H200.plan(tokens, 64 * outputs * (1 + gated), 64 * inputs, gated=gated)
+    plan = H200.plan(tokens, 64 * outputs * (1 + gated), 64 * inputs, gated=gated, whole=whole)
     assert plan.gated == gated
-    assert plan.split == 1 or not gated
+    assert plan.whole or not (gated or whole)
     assert LEAST_STAGES <= plan.stages(tokens) <= plan.most_stages
     assert inputs * 64 % plan.step == 0
     assert plan.split <= inputs * 64 // plan.step  # each part has something to do
