@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of LoRA: each line of a step's list of work, for single tokens and for blocks.
 
-Single tokens have a slab times a vector, which is a sum of products: a program reads its tiles as
-they lie, several at once, for it is the memory's latency that they wait for. Blocks of tokens have
-matrix products, whose operands are gathered from the tiles' rows, some ranks at a time. Between the
+Single tokens have a slab times a vector, a sum of products that waits for memory only. A tile's
+columns are dealt out to threads 16 bytes at a time, and each thread has all 8 ranks of its columns:
+what it adds up over ranks stays in its registers, and as many reads as ranks are under way at once.
+Blocks of tokens have matrix products, whose operands are gathered from the tiles' rows. Between the
 halves h is float32, in the order of the tokens.
 """
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton.language as tl
 
-from pallas_kernels.layout import SLAB_RANKS, TILE_COLUMNS, PageLayout, ceil_div
+from pallas_kernels.layout import SLAB_RANKS, TILE_COLUMNS, PageLayout, ceil_div, round_up
 from pallas_kernels.segments import PAGES_AT_HAND, Modules, Work
 from pallas_kernels.triton import jit, launch, power_of_two, scalar, stages
 
@@ -28,23 +29,26 @@ class Tuning:
     """How the kernels split their work.
 
     Attributes:
-        shrink_tiles: of A, that a program for a single token asks for at once.
+        shrink_tiles: of A, that a program for a single token takes in a step. Its threads have 16
+            bytes of each rank if there are half as many as warps.
         shrink_warps: of such a program.
         expand_tiles: of each slab of B, whose columns a program for a single token has.
         expand_slabs: whose tiles it asks for at once.
         expand_warps: of such a program.
-        block_inputs: columns of x in a step of a program for a block of tokens.
-        block_shrink_ranks: most ranks of its matrix product.
+        block_tokens: of a program that shrinks a block of tokens, or a part of one.
+        block_inputs: columns of x in a step of it.
+        block_shrink_ranks: most ranks, of all modules, of its matrix product.
         block_shrink_warps, stages: of such a program, and of its loop's pipeline.
         block_outputs: columns of y of a program for a block of tokens.
         block_expand_ranks, block_expand_warps: the same of it.
     """
 
-    shrink_tiles: int = 8
-    shrink_warps: int = 4
+    shrink_tiles: int = 2
+    shrink_warps: int = 2
     expand_tiles: int = 1
     expand_slabs: int = 2
-    expand_warps: int = 4
+    expand_warps: int = 2
+    block_tokens: int = 32
     block_inputs: int = 128
     block_shrink_ranks: int = 64
     block_shrink_warps: int = 4
@@ -52,22 +56,12 @@ class Tuning:
     block_outputs: int = 128
     block_expand_ranks: int = 32
     block_expand_warps: int = 4
+    columns_first: bool = True
 
 
 TUNING = {
     80: Tuning(),
-    # On an H200, us of q, k, v at hidden 4096, 64 tokens: on 64 adapters of rank 16 / of ranks 8 to
-    # 64 / on one adapter 22.1 / 35.4 / 14.0. Shrink of 8 tiles at once, by 4 warps, 22.7 / 36.6 /
-    # 16.5; expand of one slab at once 28.2 / 41.8 / 20.6, of 4 22.1 / 47.5 / 14.0, by 8 warps 41.5
-    # / 56.3 / 31.6. Of 4096 tokens of 8 adapters of rank 16 133.3; with steps of 128 inputs 135.2,
-    # by 4 warps 173.8; of 256 outputs 131.0, which spills, and 128 by 8 warps 250.2.
-    90: Tuning(
-        shrink_tiles=4,
-        shrink_warps=8,
-        block_inputs=256,
-        block_shrink_warps=8,
-        stages=2,
-    ),
+    90: Tuning(),
 }
 
 
@@ -87,25 +81,22 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
     if work.block == 1:
         slabs = ceil_div(max_rank, SLAB_RANKS)
         tiles = min(tuning.shrink_tiles, power_of_two(ceil_div(modules.inputs, TILE_COLUMNS)))
-        options: dict[str, Any] = {
-            "num_warps": tuning.shrink_warps,
-            "SLABS": slabs,
-            "AT_ONCE": tiles,
-        }
+        options: dict[str, Any] = {"num_warps": tuning.shrink_warps}
+        options |= {"SLABS": slabs, "AT_ONCE": tiles}
         grid = (lines, modules.count * slabs)
         return launch(_shrink_single, *arrays, out_type=[h], grid=grid, **options, **static)
-    ranks = _block_ranks(max_rank, tuning.block_shrink_ranks)
-    parts = ceil_div(max_rank, ranks)
-    step = 2 * tuning.block_inputs * (work.block + ranks)
+    # The ranks of all modules side by side: x is read once for all of them.
+    all_ranks = modules.count * round_up(max_rank, SLAB_RANKS)
+    ranks = _block_ranks(all_ranks, tuning.block_shrink_ranks)
+    size = min(tuning.block_tokens, work.block)
     options: dict[str, Any] = {
         "num_warps": tuning.block_shrink_warps,
-        "num_stages": stages(tuning.stages, step=step),
-        "TOKENS": work.block,
+        "num_stages": stages(tuning.stages, step=2 * tuning.block_inputs * (size + ranks)),
+        "TOKENS": size,
         "STEP": tuning.block_inputs,
         "RANK_BLOCK": ranks,
-        "PARTS": parts,
     }
-    grid = (lines, modules.count * parts)
+    grid = (lines, ceil_div(work.block, size), ceil_div(all_ranks, ranks))
     return launch(_shrink_block, *arrays, out_type=[h], grid=grid, **options, **static)
 
 
@@ -136,8 +127,11 @@ def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tu
         "TOKENS": work.block,
         "COLUMNS": tuning.block_outputs,
         "RANK_BLOCK": _block_ranks(max_rank, tuning.block_expand_ranks),
+        "COLUMNS_FIRST": tuning.columns_first,
     }
     grid = (lines, ceil_div(widest, tuning.block_outputs), modules.count)
+    if tuning.columns_first:
+        grid = (ceil_div(widest, tuning.block_outputs), modules.count, lines)
     return launch(_expand_block, *arrays, updated=y, grid=grid, **options, **static)
 
 
@@ -179,20 +173,21 @@ def _read_line(
     pages,
     layer,
     module,
+    index,
     LAYERLESS: tl.constexpr,
     LAYERS: tl.constexpr,
     ADAPTER_PAGES: tl.constexpr,
     LINES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
 ):
-    """This program's line of work, of a layer and module: see `segments.Work`.
+    """A line of work of a layer and module: see `segments.Work`.
 
     Returns:
         Its number, first token, tokens, slabs, first tile, its adapter's pages, and the three that
         are at hand.
     """
     at = LAYERS if LAYERLESS else layer  # the modules of no layer are past the last
-    number = (at * ALL_MODULES + module) * LINES + tl.program_id(0)
+    number = (at * ALL_MODULES + module) * LINES + index
     line = lines + number * 8
     token, size, slabs = tl.load(line), tl.load(line + 1), tl.load(line + 2)
     first, pages = tl.load(line + 3), pages + tl.load(line + 4) * ADAPTER_PAGES
@@ -264,28 +259,30 @@ def _shrink_single(
     layer = tl.load(layer)
     module, slab = tl.program_id(1) // SLABS, tl.program_id(1) % SLABS
     _, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
-        ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, tl.program_id(0), LAYERLESS, LAYERS,
+        ADAPTER_PAGES, LINES, ALL_MODULES,
     )  # fmt: skip
     if (size > 0) & (slab < slabs):
-        number = tl.arange(0, AT_ONCE)[:, None, None, None]
-        group, rank = tl.arange(0, 8)[None, :, None, None], tl.arange(0, 8)[None, None, :, None]
-        column = tl.arange(0, 64)[None, None, None, :]
-        total = tl.zeros([AT_ONCE, 8, 8], tl.float32)
+        rank, number = tl.arange(0, 8), tl.arange(0, AT_ONCE)[:, None]
+        column = tl.arange(0, 512)
+        within = (column // 64 * 512 + column % 64) + (rank * 64)[:, None, None]
+        total = tl.zeros([8, 512], tl.float32)
         for start in range(0, TILES, AT_ONCE):
             tile = start + number
             at = _tile(
                 first + slab * SLAB_TILES + tile, first, page0, page1, page2, pages, layer,
                 tile < TILES, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
             )  # fmt: skip
-            own = pool + at.to(tl.int64) * 4096 + ((group * 8 + rank) * 64 + column)
-            a = tl.load(own, mask=tile < TILES, other=0.0)
-            source = tile * 512 + group * 64 + column
+            a = tl.load(
+                pool + at.to(tl.int64)[None] * 4096 + within, mask=(tile < TILES)[None], other=0.0
+            )
+            tl.debug_barrier()
+            source = tile * 512 + column
             mine = tl.load(x + token * INPUTS + source, mask=source < INPUTS, other=0.0)
-            total += tl.sum(a.to(tl.float32) * mine.to(tl.float32), 3)
-        ranks = slab * 8 + tl.arange(0, 8)
+            total += tl.sum(a.to(tl.float32) * mine.to(tl.float32)[None], 1)
+        ranks = slab * 8 + rank
         target = h + (token * MODULES + module) * RANKS + ranks
-        tl.store(target, tl.sum(tl.sum(total, 1), 0), mask=ranks < RANKS)
+        tl.store(target, tl.sum(total, 1), mask=ranks < RANKS)
 
 
 @jit
@@ -320,8 +317,8 @@ def _expand_single(
     layer = tl.load(layer)
     module = tl.program_id(2)
     work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
-        ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, tl.program_id(0), LAYERLESS, LAYERS,
+        ADAPTER_PAGES, LINES, ALL_MODULES,
     )  # fmt: skip
     scale = tl.load(scales + work)
     place = places + module * 3
@@ -332,29 +329,31 @@ def _expand_single(
     slab_tiles = tl.load(place + 2)
     first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
     if (size > 0) & (slabs > 0) & (tl.program_id(1) * TILES * 512 < columns):
-        number = tl.arange(0, AT_ONCE)[:, None, None, None]
-        group, rank = tl.arange(0, 8)[None, :, None, None], tl.arange(0, 8)[None, None, :, None]
-        own = (group * 8 + rank) * 64 + tl.arange(0, 64)[None, None, None, :]
+        # Threads are dealt out along columns, and none is left for ranks.
+        rank, column = tl.arange(0, AT_ONCE * 8), tl.arange(0, 512)
+        tile = tl.program_id(1) * TILES + tl.arange(0, TILES)[:, None]
+        within = (column // 64 * 512 + column % 64) + (rank % 8 * 64)[:, None, None]
+        column += tile * 512
         y += token.to(tl.int64) * WIDTH + begin
         h += (token * MODULES + module) * RANKS
-        for n in tl.static_range(TILES):
-            tile = tl.program_id(1) * TILES + n
-            column = tile * 512 + tl.arange(0, 8)[:, None] * 64 + tl.arange(0, 64)[None, :]
-            base = tl.load(y + column, mask=column < columns, other=0.0)
-            total = tl.zeros([AT_ONCE, 8, 8, 64], tl.float32)
-            for start in range(0, slabs, AT_ONCE):
-                slab = start + number
-                there = (slab < slabs) & (tile * 512 < columns)
-                at = _tile(
-                    first_b + slab * slab_tiles + tile, first, page0, page1, page2, pages, layer,
-                    there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
-                )  # fmt: skip
-                b = tl.load(pool + at.to(tl.int64) * 4096 + own, mask=there, other=0.0)
-                ranks = slab * 8 + rank
-                mine = tl.load(h + ranks, mask=there & (ranks < RANKS), other=0.0)
-                total += b.to(tl.float32) * mine
-            added = base.to(tl.float32) + scale * tl.sum(tl.sum(total, 2), 0)
-            tl.store(y + column, added.to(base.dtype), mask=column < columns)
+        base = tl.load(y + column, mask=column < columns, other=0.0)
+        total = tl.zeros([TILES, 512], tl.float32)
+        for start in range(0, slabs, AT_ONCE):
+            slab = (start + rank // 8)[:, None, None]
+            there = (slab < slabs) & (tile * 512 < columns)[None]
+            at = _tile(
+                first_b + slab * slab_tiles + tile[None], first, page0, page1, page2, pages, layer,
+                there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+            )  # fmt: skip
+            b = tl.load(pool + at.to(tl.int64) * 4096 + within, mask=there, other=0.0)
+            # All of B's reads are under way before h, which every sum needs, is read: the compiler
+            # would start to add, and wait, in between.
+            tl.debug_barrier()
+            ranks = start * 8 + rank
+            mine = tl.load(h + ranks, mask=ranks < tl.minimum(slabs * 8, RANKS), other=0.0)
+            total += tl.sum(b.to(tl.float32) * mine[:, None, None], 0)
+        added = base.to(tl.float32) + scale * total
+        tl.store(y + column, added.to(base.dtype), mask=column < columns)
 
 
 @jit
@@ -381,19 +380,25 @@ def _shrink_block(
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
-    """Some ranks of A times a block of tokens' x."""
+    """Some ranks, of all modules side by side, times a block of tokens' x."""
     layer = tl.load(layer)
-    module, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
-    _, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
-        ALL_MODULES,
+    PADDED: tl.constexpr = (RANKS + 7) // 8 * 8
+    numbers = tl.program_id(2) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+    rank, module = numbers % PADDED, tl.minimum(numbers // PADDED, MODULES - 1)
+    _, token, size, _, _, _, _, _, _ = _read_line(
+        lines, pages, layer, FIRST_MODULE, tl.program_id(0), LAYERLESS, LAYERS, ADAPTER_PAGES,
+        LINES, ALL_MODULES,
     )  # fmt: skip
-    rank = part * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
-    if (size > 0) & (part * RANK_BLOCK < slabs * 8):
-        row, column = tl.arange(0, TOKENS), tl.arange(0, STEP)
-        mine, there = row < size, rank < slabs * 8
+    _, _, _, slabs, first, pages, page0, page1, page2 = _read_line(
+        lines, pages, layer, FIRST_MODULE + module, tl.program_id(0), LAYERLESS, LAYERS,
+        ADAPTER_PAGES, LINES, ALL_MODULES,
+    )  # fmt: skip
+    there = (numbers < MODULES * PADDED) & (rank < slabs * 8)
+    row = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    if (tl.program_id(1) * TOKENS < size) & (tl.max(there.to(tl.int32), 0) > 0):
+        column, mine = tl.arange(0, STEP), row < size
+        within = column // 64 * 512 + column % 64
         source = x + (token + row).to(tl.int64)[:, None] * INPUTS
         total = tl.zeros([TOKENS, RANK_BLOCK], tl.float32)
         for start in range(0, INPUTS, STEP):
@@ -401,18 +406,15 @@ def _shrink_block(
                 first + rank // 8 * SLAB_TILES + start // 512, first, page0, page1, page2, pages,
                 layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
             )  # fmt: skip
-            within = start % 512 + column
-            within = (within // 64 * 512 + within % 64)[:, None] + (rank % 8 * 64)[None, :]
-            a = tl.load(
-                pool + at.to(tl.int64)[None, :] * 4096 + within, mask=there[None, :], other=0.0
-            )
+            of_rank = at.to(tl.int64) * 4096 + (start % 512 * 8 + rank % 8 * 64)
+            a = tl.load(pool + of_rank[:, None] + within[None, :], mask=there[:, None], other=0.0)
             inside = start + column < INPUTS
             own = tl.load(
                 source + start + column[None, :], mask=mine[:, None] & inside[None, :], other=0.0
             )
-            total = tl.dot(own, a, total)
-        target = h + ((token + row)[:, None] * MODULES + module) * RANKS + rank[None, :]
-        tl.store(target, total, mask=mine[:, None] & (rank < RANKS)[None, :])
+            total = tl.dot(own, tl.trans(a), total)
+        target = h + ((token + row)[:, None] * MODULES + module[None, :]) * RANKS + rank[None, :]
+        tl.store(target, total, mask=mine[:, None] & (there & (rank < RANKS))[None, :])
 
 
 @jit
@@ -443,13 +445,16 @@ def _expand_block(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
+    COLUMNS_FIRST: tl.constexpr,
 ):
     """Some columns of B times a block of tokens' h."""
     layer = tl.load(layer)
-    module = tl.program_id(2)
+    module = tl.program_id(1) if COLUMNS_FIRST else tl.program_id(2)
+    own_ = tl.program_id(0) if COLUMNS_FIRST else tl.program_id(1)
+    index = tl.program_id(2) if COLUMNS_FIRST else tl.program_id(0)
     work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
-        ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, index, LAYERLESS, LAYERS,
+        ADAPTER_PAGES, LINES, ALL_MODULES,
     )  # fmt: skip
     scale = tl.load(scales + work)
     place = places + module * 3
@@ -459,8 +464,8 @@ def _expand_block(
     )
     slab_tiles = tl.load(place + 2)
     first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    if (size > 0) & (slabs > 0) & (tl.program_id(1) * COLUMNS < columns):
+    column = own_ * COLUMNS + tl.arange(0, COLUMNS)
+    if (size > 0) & (slabs > 0) & (own_ * COLUMNS < columns):
         row = tl.arange(0, TOKENS)
         here = row < size
         target = y + (token + row).to(tl.int64)[:, None] * WIDTH + begin + column[None, :]
@@ -471,7 +476,7 @@ def _expand_block(
             rank = start + tl.arange(0, RANK_BLOCK)
             there = rank < slabs * 8
             at = _tile(
-                first_b + rank // 8 * slab_tiles + tl.program_id(1) * COLUMNS // 512, first,
+                first_b + rank // 8 * slab_tiles + own_ * COLUMNS // 512, first,
                 page0, page1, page2, pages, layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES,
                 AT_HAND,
             )  # fmt: skip
