@@ -29,12 +29,11 @@ class Tuning:
     """How the kernels split their work.
 
     Attributes:
-        shrink_tiles: of A, that a program for a single token takes in a step. Its threads have 16
-            bytes of each rank if there are half as many as warps.
-        shrink_warps: of such a program.
+        shrink_tiles: of A, that a program for a single token asks for at once.
         expand_tiles: of each slab of B, whose columns a program for a single token has.
         expand_slabs: whose tiles it asks for at once.
-        expand_warps: of such a program.
+        shrink_warps, expand_warps: of such programs. Two of them cover a tile's columns, 16 bytes
+            each thread.
         block_tokens: of a program that shrinks a block of tokens, or a part of one.
         block_inputs: columns of x in a step of it.
         block_shrink_ranks: most ranks, of all modules, of its matrix product.
@@ -43,12 +42,12 @@ class Tuning:
         block_expand_ranks, block_expand_warps: the same of it.
     """
 
-    shrink_tiles: int = 2
+    shrink_tiles: int = 1
     shrink_warps: int = 2
     expand_tiles: int = 1
-    expand_slabs: int = 2
+    expand_slabs: int = 1
     expand_warps: int = 2
-    block_tokens: int = 32
+    block_tokens: int = 64
     block_inputs: int = 128
     block_shrink_ranks: int = 64
     block_shrink_warps: int = 4
@@ -56,12 +55,17 @@ class Tuning:
     block_outputs: int = 128
     block_expand_ranks: int = 32
     block_expand_warps: int = 4
-    columns_first: bool = True
 
 
 TUNING = {
+    # On an H200, us of shrink + expand, q, k, v at hidden 4096, of 64 tokens on 64 adapters of rank
+    # 16 / of ranks 8 to 64: 10.6 + 9.2 / 15.1 + 17.1. Shrink of 4 tiles at once 10.6 / 16.1, of 8
+    # 17.4 / 22.5, by 1 warp 11.8 / 21.9, of 2 by 4 warps 9.8 / 16.2. Expand of 2 slabs at once
+    # 9.5 / 16.2, of 2 tiles 11.8 / 16.8, by 1 warp 9.3 / 16.5, of 2 tiles by 4 warps 21.7 / 77.7.
+    # Of 4096 tokens of 8 adapters of rank 16: shrink 20.3, of 32 tokens 30.8, in steps of 256
+    # inputs by 8 warps 20.3, in 2 stages 34.7; expand 84.3, of 64 outputs by 2 warps 112.5, of 128
+    # by 8 192.2, of 256 80.9, whose registers spill.
     80: Tuning(),
-    90: Tuning(),
 }
 
 
@@ -79,10 +83,9 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
     h = jax.ShapeDtypeStruct((tokens, modules.count, max_rank), jnp.float32)
     lines = work.lines.shape[2]
     if work.block == 1:
-        slabs = ceil_div(max_rank, SLAB_RANKS)
-        tiles = min(tuning.shrink_tiles, power_of_two(ceil_div(modules.inputs, TILE_COLUMNS)))
-        options: dict[str, Any] = {"num_warps": tuning.shrink_warps}
-        options |= {"SLABS": slabs, "AT_ONCE": tiles}
+        slabs, tiles = ceil_div(max_rank, SLAB_RANKS), ceil_div(modules.inputs, TILE_COLUMNS)
+        options: dict[str, Any] = {"num_warps": tuning.shrink_warps, "SLABS": slabs}
+        options |= {"AT_ONCE": min(tuning.shrink_tiles, power_of_two(tiles))}
         grid = (lines, modules.count * slabs)
         return launch(_shrink_single, *arrays, out_type=[h], grid=grid, **options, **static)
     # The ranks of all modules side by side: x is read once for all of them.
@@ -127,11 +130,8 @@ def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tu
         "TOKENS": work.block,
         "COLUMNS": tuning.block_outputs,
         "RANK_BLOCK": _block_ranks(max_rank, tuning.block_expand_ranks),
-        "COLUMNS_FIRST": tuning.columns_first,
     }
     grid = (lines, ceil_div(widest, tuning.block_outputs), modules.count)
-    if tuning.columns_first:
-        grid = (ceil_div(widest, tuning.block_outputs), modules.count, lines)
     return launch(_expand_block, *arrays, updated=y, grid=grid, **options, **static)
 
 
@@ -173,21 +173,20 @@ def _read_line(
     pages,
     layer,
     module,
-    index,
     LAYERLESS: tl.constexpr,
     LAYERS: tl.constexpr,
     ADAPTER_PAGES: tl.constexpr,
     LINES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
 ):
-    """A line of work of a layer and module: see `segments.Work`.
+    """This program's line of work, of a layer and module: see `segments.Work`.
 
     Returns:
         Its number, first token, tokens, slabs, first tile, its adapter's pages, and the three that
         are at hand.
     """
     at = LAYERS if LAYERLESS else layer  # the modules of no layer are past the last
-    number = (at * ALL_MODULES + module) * LINES + index
+    number = (at * ALL_MODULES + module) * LINES + tl.program_id(0)
     line = lines + number * 8
     token, size, slabs = tl.load(line), tl.load(line + 1), tl.load(line + 2)
     first, pages = tl.load(line + 3), pages + tl.load(line + 4) * ADAPTER_PAGES
@@ -259,8 +258,8 @@ def _shrink_single(
     layer = tl.load(layer)
     module, slab = tl.program_id(1) // SLABS, tl.program_id(1) % SLABS
     _, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, tl.program_id(0), LAYERLESS, LAYERS,
-        ADAPTER_PAGES, LINES, ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
     if (size > 0) & (slab < slabs):
         rank, number = tl.arange(0, 8), tl.arange(0, AT_ONCE)[:, None]
@@ -273,9 +272,10 @@ def _shrink_single(
                 first + slab * SLAB_TILES + tile, first, page0, page1, page2, pages, layer,
                 tile < TILES, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
             )  # fmt: skip
-            a = tl.load(
-                pool + at.to(tl.int64)[None] * 4096 + within, mask=(tile < TILES)[None], other=0.0
-            )
+            own = pool + at.to(tl.int64)[None] * 4096 + within
+            a = tl.load(own, mask=(tile < TILES)[None], other=0.0)
+            # All reads of A are under way before x, which every sum needs, is read: the compiler
+            # would start to add, and wait, in between.
             tl.debug_barrier()
             source = tile * 512 + column
             mine = tl.load(x + token * INPUTS + source, mask=source < INPUTS, other=0.0)
@@ -317,8 +317,8 @@ def _expand_single(
     layer = tl.load(layer)
     module = tl.program_id(2)
     work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, tl.program_id(0), LAYERLESS, LAYERS,
-        ADAPTER_PAGES, LINES, ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
     scale = tl.load(scales + work)
     place = places + module * 3
@@ -346,9 +346,7 @@ def _expand_single(
                 there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
             )  # fmt: skip
             b = tl.load(pool + at.to(tl.int64) * 4096 + within, mask=there, other=0.0)
-            # All of B's reads are under way before h, which every sum needs, is read: the compiler
-            # would start to add, and wait, in between.
-            tl.debug_barrier()
+            tl.debug_barrier()  # as above: all reads of B before those of h
             ranks = start * 8 + rank
             mine = tl.load(h + ranks, mask=ranks < tl.minimum(slabs * 8, RANKS), other=0.0)
             total += tl.sum(b.to(tl.float32) * mine[:, None, None], 0)
@@ -387,12 +385,11 @@ def _shrink_block(
     numbers = tl.program_id(2) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
     rank, module = numbers % PADDED, tl.minimum(numbers // PADDED, MODULES - 1)
     _, token, size, _, _, _, _, _, _ = _read_line(
-        lines, pages, layer, FIRST_MODULE, tl.program_id(0), LAYERLESS, LAYERS, ADAPTER_PAGES,
-        LINES, ALL_MODULES,
-    )  # fmt: skip
+        lines, pages, layer, FIRST_MODULE, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES, ALL_MODULES
+    )
     _, _, _, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, tl.program_id(0), LAYERLESS, LAYERS,
-        ADAPTER_PAGES, LINES, ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
     there = (numbers < MODULES * PADDED) & (rank < slabs * 8)
     row = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -445,15 +442,12 @@ def _expand_block(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
-    COLUMNS_FIRST: tl.constexpr,
 ):
     """Some columns of B times a block of tokens' h."""
     layer = tl.load(layer)
-    module = tl.program_id(1) if COLUMNS_FIRST else tl.program_id(2)
-    own_ = tl.program_id(0) if COLUMNS_FIRST else tl.program_id(1)
-    index = tl.program_id(2) if COLUMNS_FIRST else tl.program_id(0)
+    module = tl.program_id(2)
     work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, index, LAYERLESS, LAYERS,
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS,
         ADAPTER_PAGES, LINES, ALL_MODULES,
     )  # fmt: skip
     scale = tl.load(scales + work)
@@ -464,8 +458,8 @@ def _expand_block(
     )
     slab_tiles = tl.load(place + 2)
     first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
-    column = own_ * COLUMNS + tl.arange(0, COLUMNS)
-    if (size > 0) & (slabs > 0) & (own_ * COLUMNS < columns):
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if (size > 0) & (slabs > 0) & (tl.program_id(1) * COLUMNS < columns):
         row = tl.arange(0, TOKENS)
         here = row < size
         target = y + (token + row).to(tl.int64)[:, None] * WIDTH + begin + column[None, :]
@@ -476,7 +470,7 @@ def _expand_block(
             rank = start + tl.arange(0, RANK_BLOCK)
             there = rank < slabs * 8
             at = _tile(
-                first_b + rank // 8 * slab_tiles + own_ * COLUMNS // 512, first,
+                first_b + rank // 8 * slab_tiles + tl.program_id(1) * COLUMNS // 512, first,
                 page0, page1, page2, pages, layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES,
                 AT_HAND,
             )  # fmt: skip
