@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How busy a GPU was, from what JAX's profiler recorded."""
 
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.profiler import ProfileData
 
 _TRANSFERS = ("MemcpyH2D", "MemcpyD2H")  # beside the work, not part of it
@@ -41,6 +44,26 @@ def device_use(directory: Path) -> DeviceUse | None:
                     if not event.name.startswith(_TRANSFERS)
                 )
     return None
+
+
+def busy_us(call: Callable[[Any], Any], carry: Any, *, calls: int = 3) -> tuple[float | None, Any]:
+    """What the kernels of `carry = call(carry)` take on the device; None on a CPU.
+
+    Without the time in which the host launches them, where that is longer.
+
+    Returns:
+        Microseconds of one call, and the last result: a call may donate what it is given.
+    """
+    if jax.default_backend() != "gpu":
+        return None, carry
+    carry = jax.block_until_ready(call(carry))
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(calls):
+                carry = call(carry)
+            jax.block_until_ready(carry)
+        use = device_use(Path(directory))
+    return None if use is None else 1e6 * use.busy / calls, carry
 
 
 def use_of(spans: Iterable[tuple[float, float]]) -> DeviceUse | None:

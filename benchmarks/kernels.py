@@ -5,8 +5,10 @@ python -m benchmarks.kernels --quick --output benchmarks/results/kernels.jsonl
 
 Lines of JSON go to standard output (and `--output`), progress to standard error. `limit_us` is the
 time that the least traffic and arithmetic take at the ceilings measured in the same run; `ratio` is
-`limit_us / us`. Some rows are also measured with XLA's reference. vLLM's Triton kernels for LoRA
-are no rival here: they can only be called where vLLM is installed, which no dependency asks for.
+`limit_us / us`. `device_us` is what the kernels take by the profiler, without gaps between them:
+less than `us` where a host takes longer to launch them. Some rows are also measured with XLA's
+reference. vLLM's Triton kernels for LoRA are no rival here: they can only be called where vLLM is
+installed, which no dependency asks for.
 """
 
 import argparse
@@ -19,8 +21,9 @@ from typing import Any, get_args
 import jax.numpy as jnp
 
 from benchmarks.attention_problems import Decode, Mixed, Prefill, Rope
+from benchmarks.device_profile import busy_us
 from benchmarks.measure import Ceilings, Timing, measure
-from benchmarks.problems import Problem, Size
+from benchmarks.problems import Problem, Program, Size
 from benchmarks.projection_problems import PROJECTIONS, Lora, Matmul, MixedLora
 from benchmarks.record import Recorder, say
 from benchmarks.shapes import KERNEL_SHAPES
@@ -136,7 +139,10 @@ class Benchmark:
             if (problem, backend) in self._known:
                 return
             say(f"{problem.op}: {problem.name} ({problem.model}, {backend})")
-            timing = self._known[problem, backend] = self._measure(problem, backend)
+            timing, device_us = self._measure(problem, backend)
+            self._known[problem, backend] = timing
+            if device_us is not None:
+                fields["device_us"] = round(device_us, 3)
         except Exception as error:  # of a compiler or a device: anything
             self.failures += 1
             say(f"FAILED: {type(error).__name__}: {str(error)[:500]}")
@@ -156,17 +162,23 @@ class Benchmark:
             **fields,
         )
 
-    def _measure(self, problem: Problem, backend: Backend) -> Timing:
+    def _measure(self, problem: Problem, backend: Backend) -> tuple[Timing, float | None]:
         length = self._size.length if backend != "xla" else max(self._size.length // 4, 1)
         size = Size(length, self._size.data_bytes)
-        timing = self._of_one(problem.program(backend, size), length)
+        timing, device_us = self._of_one(problem.program(backend, size), length)
         overhead = problem.overhead(size)
         if overhead is None:
-            return timing
-        return timing.without(self._of_one(overhead, length).us)
+            return timing, device_us
+        less, device_less = self._of_one(overhead, length)
+        if device_us is not None and device_less is not None:
+            device_us -= device_less
+        return timing.without(less.us), device_us
 
-    def _of_one(self, program: tuple, length: int) -> Timing:
-        return measure(*program, repetitions=self._repetitions).each(length)
+    def _of_one(self, program: Program, length: int) -> tuple[Timing, float | None]:
+        call, carry = program
+        device_us, carry = busy_us(call, carry)
+        timing = measure(call, carry, repetitions=self._repetitions).each(length)
+        return timing, None if device_us is None else device_us / length
 
 
 def main(argv: Sequence[str] | None = None) -> int:

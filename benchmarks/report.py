@@ -173,16 +173,24 @@ def _kernels(lines: Sequence[Line]) -> str:
                     f"{line['us']:.1f}",
                     f"{line['limit_us']:.1f}",
                     _percent(line),
-                    f"{triton['us']:.1f} ({triton['us'] / line['us']:.2f})" if triton else "",
+                    _beside(line, triton, "us"),
+                    _beside(line, triton, "device_us"),
                     f"{reference['us']:.1f}" if reference else "",
                     f"{100 * line['of_base']:.0f} %" if "of_base" in line else "",
                 ]
             )
     heads = (
-        "Kernel", "", "µs", "limit", "of limit", "Triton, µs (÷ Mosaic)", "XLA, µs",
-        "of the base's matmul",
+        "Kernel", "", "µs", "limit", "of limit", "Triton, µs (÷ Mosaic)",
+        "on the device alone", "XLA, µs", "of the base's matmul",
     )  # fmt: skip
     return table(heads, rows)
+
+
+def _beside(line: Line, other: Line | None, field: str) -> str:
+    """Another backend's time, and how much longer it is."""
+    if other is None or not (line.get(field) and other.get(field)):
+        return ""
+    return f"{other[field]:.1f} ({other[field] / line[field]:.2f})"
 
 
 def _loads(lines: Sequence[Line]) -> str:

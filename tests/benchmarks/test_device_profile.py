@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.device_profile import device_use, use_of
+from benchmarks.device_profile import busy_us, device_use, use_of
 
 
 def test_overlapping_kernels_count_once():
@@ -27,3 +27,7 @@ def test_a_cpus_trace_has_no_gpu(tmp_path):
     with jax.profiler.trace(str(tmp_path)):
         jax.block_until_ready(jnp.ones(3) + 1)
     assert device_use(tmp_path) is None
+
+
+def test_nothing_is_said_of_a_cpu():
+    assert busy_us(lambda carry: carry + 1, 1) == (None, 1)

@@ -83,7 +83,7 @@ def test_base_only_rows_with_and_without_residents_are_two(tmp_path):
 
 def test_tables():
     text = report([DECODE, {**DECODE, "backend": "xla", "us": 900.0}, STEP])
-    assert "| `paged_decode` | 32/8 heads & more | 200.0 | 150.0 | 75 % |  | 900.0 |  |" in text
+    assert "| `paged_decode` | 32/8 heads & more | 200.0 | 150.0 | 75 % |  |  | 900.0 |  |" in text
     step = "| llama-2-7b | 64, 256 + 128 | 64 of rank 16 | mosaic | 7.25 | 6.00 | 83 % | 8828 |"
     assert step in text
 
@@ -91,8 +91,11 @@ def test_tables():
 def test_backends_side_by_side():
     steps = [STEP, {**STEP, "backend": "triton", "step_ms": 8.5}]
     text = report([DECODE, {**DECODE, "backend": "triton", "us": 210.0}, *steps])
-    assert "| 200.0 | 150.0 | 75 % | 210.0 (1.05) |  |  |" in text
+    assert "| 200.0 | 150.0 | 75 % | 210.0 (1.05) |  |  |  |" in text
     assert "| 64 of rank 16 | triton | 8.50 |" in text
+    of_device = ({"device_us": 190.0}, {"backend": "triton", "us": 240.0, "device_us": 209.0})
+    text = report([{**DECODE, **more} for more in of_device])
+    assert "| 240.0 (1.20) | 209.0 (1.10) |" in text
     # Where systems are compared, ours is as it comes.
     trace = {"setting": "S1", "rate": 60.0, "popularity": "power", "alpha": 1.0, "cv": 1.0}
     trace |= {"lengths": "uniform", "duration": 60.0, "adapters": 5, "out_tok_s": 2800.0}
