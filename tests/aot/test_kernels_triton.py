@@ -40,6 +40,14 @@ CARDS = {  # compute capability, multiprocessors, and KiB of shared memory that 
     "NVIDIA H100 80GB HBM3": (90, 132, 227),
 }
 
+# What a kernel has if its threads are not dealt out along a tile's columns, 16 bytes each: reads of
+# one number, sums of ranks that other threads have.
+NARROW = {
+    "_shrink_single": r"ld\.global\.b16",
+    "_expand_single": r"ld\.global\.b16|shfl",
+    "_shrink_block": r"ld\.global\.b16",
+    "_expand_block": r"ld\.global\.b16",
+}
 # Bytes that may spill, by kernel and capability: prompts' attention was the fastest so, measured.
 SPILLS = {("_attend_block", 90): 332}
 
@@ -85,6 +93,8 @@ def compiles(card, monkeypatch, tmp_path):
         for name, result in found.items():
             assert f".target sm_{capability}" in result.binary
             assert result.shared_mem_bytes <= most << 10, name
+            if name in NARROW:
+                assert not re.search(NARROW[name], result.binary), name
             most_spilled = SPILLS.get((name, capability), 0)
             assert spilled(result.binary, tmp_path, capability) <= most_spilled, name
 
