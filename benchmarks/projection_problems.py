@@ -137,6 +137,16 @@ class Lora(Problem):
         return Work(elems * ITEM, 2 * products * self.adapter_elems)
 
     def program(self, backend: Backend, size: Size) -> Program:
+        pool, adapters, x, y = self.data(size)
+        static = {"modules": self.modules, "max_rank": max(self.ranks), "layout": self.layout}
+
+        def one(y, layer, x, pool, adapters):
+            return lora_delta(x, y, pool, layer, adapters, **static, backend=backend), None
+
+        return program(one, y, len(pool), x, pool, adapters, size=size)
+
+    def data(self, size: Size) -> tuple[jax.Array, Adapters, jax.Array, jax.Array]:
+        """The pool, the adapters in it, x and y."""
         modules = self.modules
         pages = [self._pages(rank) for rank in self.ranks]
         read = sum(self.ranks) * self.adapter_elems * ITEM
@@ -145,13 +155,7 @@ class Lora(Problem):
         pool = random_array((layers, sum(pages) + 1, self.layout.page_elems), std=0.02)
         adapters = self._adapters(pages, layers)
         x = random_array((self.tokens, modules.inputs))
-        y = random_array((self.tokens, sum(modules.outputs)), seed=1)
-        static = {"modules": modules, "max_rank": max(self.ranks), "layout": self.layout}
-
-        def one(y, layer, x, pool, adapters):
-            return lora_delta(x, y, pool, layer, adapters, **static, backend=backend), None
-
-        return program(one, y, layers, x, pool, adapters, size=size)
+        return pool, adapters, x, random_array((self.tokens, sum(modules.outputs)), seed=1)
 
     def _pages(self, rank: int) -> int:
         tiles = sum(

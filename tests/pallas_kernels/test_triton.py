@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 if not importlib.util.find_spec("jax_triton"):
     pytest.skip("needs the extra triton", allow_module_level=True)
 
+from benchmarks.tune_lora import HALVES
 from pallas_kernels import triton
 from pallas_kernels.backend import why_not_triton
 from pallas_kernels.layout import PageLayout
+from pallas_kernels.lora_triton import Tuning
 
 
 @pytest.fixture
@@ -41,6 +44,13 @@ def test_stages_that_shared_memory_holds(capability, number, found):
     capability(number)
     assert triton.stages(3, step=40 << 10, fixed=16 << 10) == found
     assert triton.stages(3, step=200 << 10) == 1  # one there must be
+
+
+def test_every_constant_of_lora_is_tuned():
+    tuned = [name for choices in HALVES.values() for name in choices]
+    assert sorted(tuned) == sorted(field.name for field in fields(Tuning))
+    for name, choices in ((name, of[name]) for of in HALVES.values() for name in of):
+        assert getattr(Tuning(), name) in choices
 
 
 def test_powers_of_two():

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How constants are searched, and what is said where there is nothing to tune."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from benchmarks import tune_lora
+from benchmarks.tune_lora import HALVES, descend
+
+
+@dataclass(frozen=True)
+class Two:
+    a: int = 1
+    b: int = 1
+
+
+def test_the_cheapest_that_one_change_after_the_other_finds():
+    asked = []
+
+    def cost(two):
+        asked.append(two)
+        return 2 * abs(two.a - 4) + abs(two.b - two.a)  # b alone would stay at 1
+
+    choices = {"b": (1, 2, 4), "a": (1, 2, 4)}
+    assert descend(Two(), choices, cost) == (Two(4, 4), 0)
+    assert len(asked) == len(set(asked))
+
+
+def test_what_cannot_be_is_not_chosen():
+    assert descend(Two(), {"a": (2, 3)}, lambda two: {1: 5.0, 2: float("inf"), 3: 4.0}[two.a]) == (
+        Two(a=3),
+        4.0,
+    )
+
+
+def test_both_halves_have_problems():
+    for _, kind in HALVES:
+        assert list(tune_lora.problems(kind))
+
+
+def test_without_a_gpu_the_reason_is_said(capsys):
+    with pytest.raises(SystemExit):
+        tune_lora.main([])
+    assert "cannot run here" in capsys.readouterr().err
