@@ -447,8 +447,8 @@ def _expand_block(
     layer = tl.load(layer)
     module = tl.program_id(2)
     work, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
-        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS,
-        ADAPTER_PAGES, LINES, ALL_MODULES,
+        lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
+        ALL_MODULES,
     )  # fmt: skip
     scale = tl.load(scales + work)
     place = places + module * 3
