@@ -59,7 +59,8 @@ class Tuning:
 
 TUNING = {
     # On an H200, us of shrink + expand, q, k, v at hidden 4096, of 64 tokens on 64 adapters of rank
-    # 16 / of ranks 8 to 64: 10.6 + 9.2 / 15.1 + 17.1. Shrink of 4 tiles at once 10.6 / 16.1, of 8
+    # 16 / of ranks 8 to 64 (by the clock: of those near 10 some may be the host's launching):
+    # 10.6 + 9.2 / 15.1 + 17.1. Shrink of 4 tiles at once 10.6 / 16.1, of 8
     # 17.4 / 22.5, by 1 warp 11.8 / 21.9, of 2 by 4 warps 9.8 / 16.2. Expand of 2 slabs at once
     # 9.5 / 16.2, of 2 tiles 11.8 / 16.8, by 1 warp 9.3 / 16.5, of 2 tiles by 4 warps 21.7 / 77.7.
     # Of 4096 tokens of 8 adapters of rank 16: shrink 20.3, of 32 tokens 30.8, in steps of 256
@@ -329,7 +330,7 @@ def _expand_single(
     slab_tiles = tl.load(place + 2)
     first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
     if (size > 0) & (slabs > 0) & (tl.program_id(1) * TILES * 512 < columns):
-        # Threads are dealt out along columns, and none is left for ranks.
+        # Threads are dealt out from the last axis on: along columns, and none is left for ranks.
         rank, column = tl.arange(0, AT_ONCE * 8), tl.arange(0, 512)
         tile = tl.program_id(1) * TILES + tl.arange(0, TILES)[:, None]
         within = (column // 64 * 512 + column % 64) + (rank % 8 * 64)[:, None, None]
@@ -384,6 +385,7 @@ def _shrink_block(
     PADDED: tl.constexpr = (RANKS + 7) // 8 * 8
     numbers = tl.program_id(2) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
     rank, module = numbers % PADDED, tl.minimum(numbers // PADDED, MODULES - 1)
+    # The tokens are the same for all modules; the rest differs, and is a number for each rank.
     _, token, size, _, _, _, _, _, _ = _read_line(
         lines, pages, layer, FIRST_MODULE, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES, ALL_MODULES
     )
