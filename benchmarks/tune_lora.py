@@ -6,7 +6,8 @@ python -m benchmarks.tune_lora
 One constant after the other is changed, and what makes the kernels faster is kept, until nothing
 does. The last line says what is best as a line of `TUNING` in `pallas_kernels/lora_triton.py`; the
 others, in JSON, what every try took on the device, by the profiler: a host may need longer to
-launch the shortest kernels than they run.
+launch the shortest kernels than they run. Only where a launch is what is saved, both halves in one,
+the clock decides.
 """
 
 import argparse
@@ -20,17 +21,23 @@ import jax.numpy as jnp
 
 from benchmarks.device_profile import busy_us
 from benchmarks.kernels import target_cases, why_not
+from benchmarks.measure import measure
 from benchmarks.problems import Program, Size, program
 from benchmarks.projection_problems import DECODE_TOKENS, Lora
 from benchmarks.record import say
 
-# Whose constants are independent of the others': what is launched, and of how many tokens.
-HALVES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+# Whose constants are independent of those before: what is launched, and of how many tokens.
+PARTS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("shrink", "single"): {"shrink_warps": (1, 2, 4), "shrink_tiles": (1, 2, 4)},
     ("expand", "single"): {
         "expand_warps": (1, 2, 4),
         "expand_tiles": (1, 2),
         "expand_slabs": (1, 2, 4),
+    },
+    ("both", "single"): {
+        "whole_tiles": (2, 4, 8),
+        "whole_slabs": (1, 2),
+        "whole_ranks": (0, 16, 32, 256),
     },
     ("shrink", "block"): {
         "block_tokens": (16, 32, 64),
@@ -41,8 +48,10 @@ HALVES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     },
     ("expand", "block"): {
         "block_outputs": (64, 128, 256),
+        "block_spans": (1, 4, 8, 16),
+        "block_expand_stages": (1, 2, 3, 4),
         "block_expand_warps": (2, 4, 8),
-        "block_expand_ranks": (16, 32),
+        "block_expand_ranks": (16, 32, 64),
     },
 }
 
@@ -73,8 +82,8 @@ def descend(
     return best, ask(best)
 
 
-def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
-    """One of a problem's two launches, many times in a row."""
+def part_program(problem: Lora, part: str, tuning: Any, size: Size) -> Program:
+    """One of a problem's two halves, or both, many times in a row."""
     from pallas_kernels import lora_triton  # needs the extra
 
     pool, adapters, x, y = problem.data(size)
@@ -93,9 +102,27 @@ def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
             y = lora_triton.expand(y, h, pool, layer, work, adapters.pages, **static)
         return y, None
 
-    if half == "shrink":
+    def both(y, layer, x, pool, adapters):
+        for work in adapters.work:
+            where = pool, layer, work, adapters.pages
+            y = lora_triton.delta(x, y, *where, max_rank=max_rank, **static)
+        return y, None
+
+    if part == "both":
+        return program(both, y, len(pool), x, pool, adapters, size=size)
+    if part == "shrink":
         return program(shrink, h, len(pool), x, pool, adapters, size=size)
     return program(expand, y, len(pool), h, pool, adapters, size=size)
+
+
+def part_us(problem: Lora, part: str, tuning: Any, size: Size) -> float:
+    """Of one of the operations of `part_program`, on the device; of both halves by the clock."""
+    call, carry = part_program(problem, part, tuning, size)
+    if part == "both":
+        return measure(call, carry).each(size.length).us
+    us, _ = busy_us(call, carry)
+    assert us is not None
+    return us / size.length
 
 
 def problems(kind: str) -> Iterator[Lora]:
@@ -115,27 +142,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pallas_kernels.triton import tuned
 
     size, best = Size(args.length, 10**9), tuned(TUNING)
-    for (half, kind), choices in HALVES.items():
-        say(f"{half} of {kind}s")
+    for (part, kind), choices in PARTS.items():
+        say(f"{part} of {kind}s")
         first: dict[Lora, float] = {}
 
-        def cost(tuning: Any, half=half, kind=kind, choices=choices, first=first) -> float:
+        def cost(tuning: Any, part=part, kind=kind, choices=choices, first=first) -> float:
             """The mean of the problems' times, as shares of the first ones."""
             total = 0.0
             for problem in problems(kind):
-                line = {"half": half, "case": problem.name, "device": jax.devices()[0].device_kind}
+                line = {"part": part, "case": problem.name, "device": jax.devices()[0].device_kind}
                 line |= {name: getattr(tuning, name) for name in choices}
                 try:
-                    us, _ = busy_us(*half_program(problem, half, tuning, size))
+                    us = part_us(problem, part, tuning, size)
                 except Exception as error:  # of a compiler: too large for this card, say
                     print(json.dumps(line | {"error": str(error)[:200]}), flush=True)
                     return float("inf")
-                assert us is not None
-                us /= size.length
-                print(json.dumps(line | {"device_us": round(us, 2)}), flush=True)
+                print(json.dumps(line | {"us": round(us, 2)}), flush=True)
                 total += us / first.setdefault(problem, us)
             return total / len(first)
 
+        if part == "both":  # else nothing would tell how large the one program is best
+            best = replace(best, whole_ranks=max(choices["whole_ranks"]))
         best, share = descend(best, choices, cost)
         say(f"{100 * share:.0f} % of what it took")
     arguments = ", ".join(f"{name}={value}" for name, value in asdict(best).items())

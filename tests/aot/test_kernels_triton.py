@@ -4,6 +4,7 @@
 import importlib
 import re
 import subprocess
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,10 +44,11 @@ CARDS = {  # compute capability, multiprocessors, and KiB of shared memory that 
 # What a kernel has if its threads are not dealt out along a tile's columns, 16 bytes each: reads of
 # one number, sums of ranks that other threads have.
 NARROW = {
-    "_shrink_single": r"ld\.global\.b16",
-    "_expand_single": r"ld\.global\.b16|shfl",
-    "_shrink_block": r"ld\.global\.b16",
-    "_expand_block": r"ld\.global\.b16",
+    "shrink_single": r"ld\.global\.b16",
+    "expand_single": r"ld\.global\.b16|shfl",
+    "delta_single": r"ld\.global\.b16",
+    "shrink_block": r"ld\.global\.b16",
+    "expand_block": r"ld\.global\.b16",
 }
 # Bytes that may spill, by kernel and capability: prompts' attention was the fastest so, measured.
 SPILLS = {("_attend_block", 90): 332}
@@ -148,5 +150,28 @@ def test_writes(config, layout, compiles):
 @pytest.mark.parametrize("max_rank", [8, 64, 256])
 def test_lora(config, layout, compiles, tokens, block, max_rank):
     kind = "single" if block == 1 else "block"
-    kernels, what = [f"_shrink_{kind}", f"_expand_{kind}"], (lora_delta, ("qkv", "down"))
+    kernels, what = [f"shrink_{kind}", f"expand_{kind}"], (lora_delta, ("qkv", "down"))
     check_lora(config, layout, compiles, *what, tokens, block, max_rank, kernels, backend="triton")
+
+
+@pytest.mark.parametrize("config", [KERNEL_SHAPES["llama-2-7b"]], ids=["llama-2-7b"])
+@pytest.mark.parametrize(
+    ("tokens", "block", "constants", "kernels"),
+    [
+        (ROWS, 1, {"whole_ranks": 16}, ["delta_single"]),
+        (
+            *(CHUNK, 64),
+            {"block_outputs": 64, "block_spans": 16, "block_expand_stages": 3},
+            ["shrink_block", "expand_block"],
+        ),
+    ],
+    ids=["both halves", "several steps"],
+)
+def test_lora_with_other_constants(
+    config, layout, compiles, tokens, block, constants, kernels, monkeypatch
+):
+    tuning = importlib.import_module("pallas_kernels.lora_triton").TUNING
+    for capability, line in tuning.items():
+        monkeypatch.setitem(tuning, capability, replace(line, **constants))
+    what = lora_delta, ("qkv", "down"), tokens, block, 16
+    check_lora(config, layout, compiles, *what, kernels, backend="triton")

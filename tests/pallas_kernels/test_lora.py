@@ -128,6 +128,27 @@ def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 128, (128, 64), 1, few=2)
 
 
+OTHER_CONSTANTS = {  # of Triton's kernels: programs that do what by default several do
+    "both halves": {"whole_ranks": 256, "whole_tiles": 2, "whole_slabs": 2},
+    "several tiles": {"shrink_tiles": 2, "expand_tiles": 2, "expand_slabs": 2},
+    "several steps": {"block_outputs": 64, "block_spans": 3, "block_expand_stages": 3},
+    "ranks in turn": {"block_spans": 2, "block_expand_ranks": 16, "block_shrink_ranks": 16},
+}
+
+
+@pytest.mark.parametrize("constants", OTHER_CONSTANTS.values(), ids=OTHER_CONSTANTS.keys())
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_delta_with_other_constants(backend, dtype, constants, monkeypatch):
+    from pallas_kernels.lora_triton import TUNING  # needs the extra
+
+    for capability, tuning in TUNING.items():
+        monkeypatch.setitem(TUNING, capability, replace(tuning, **constants))
+    block = 64 if any(name.startswith("block") for name in constants) else 1
+    for name in "unequal ranks", "fused, some modules missing", "outer", "large ranks", "base only":
+        layout, *case = DELTA_CASES[name]
+        check_delta(Pages(LAYOUTS[layout]), lora_delta, backend, dtype, block, *case)
+
+
 APART = (
     "outputs in several passes",
     "an odd number of tiles",

@@ -7,12 +7,14 @@ import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 if not importlib.util.find_spec("jax_triton"):
     pytest.skip("needs the extra triton", allow_module_level=True)
 
-from benchmarks.tune_lora import HALVES
+from benchmarks.problems import Size
+from benchmarks.tune_lora import PARTS, part_program, problems
 from pallas_kernels import triton
 from pallas_kernels.backend import why_not_triton
 from pallas_kernels.layout import PageLayout
@@ -47,10 +49,18 @@ def test_stages_that_shared_memory_holds(capability, number, found):
 
 
 def test_every_constant_of_lora_is_tuned():
-    tuned = [name for choices in HALVES.values() for name in choices]
+    tuned = [name for choices in PARTS.values() for name in choices]
     assert sorted(tuned) == sorted(field.name for field in fields(Tuning))
-    for name, choices in ((name, of[name]) for of in HALVES.values() for name in of):
+    for name, choices in ((name, of[name]) for of in PARTS.values() for name in of):
         assert getattr(Tuning(), name) in choices
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("part", "kind"), PARTS)
+def test_every_part_runs(part, kind):
+    problem = next(problems(kind)).tiny()
+    call, carry = part_program(problem, part, Tuning(whole_ranks=16), Size(2, 1))
+    assert jax.block_until_ready(call(carry)).shape[0] == problem.tokens
 
 
 def test_powers_of_two():
