@@ -28,7 +28,11 @@ from benchmarks.record import say
 
 # Whose constants are independent of those before: what is launched, and of how many tokens.
 PARTS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
-    ("shrink", "single"): {"shrink_warps": (1, 2, 4), "shrink_tiles": (1, 2, 4)},
+    ("shrink", "single"): {
+        "shrink_parts": (1, 2, 4),
+        "shrink_warps": (1, 2, 4),
+        "shrink_tiles": (1, 2, 4),
+    },
     ("expand", "single"): {
         "expand_warps": (1, 2, 4),
         "expand_tiles": (1, 2),
@@ -40,6 +44,7 @@ PARTS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
         "whole_ranks": (0, 16, 32, 256),
     },
     ("shrink", "block"): {
+        "block_parts": (1, 2, 4),
         "block_tokens": (16, 32, 64),
         "block_inputs": (64, 128, 256),
         "block_shrink_warps": (4, 8),
@@ -88,7 +93,8 @@ def part_program(problem: Lora, part: str, tuning: Any, size: Size) -> Program:
 
     pool, adapters, x, y = problem.data(size)
     modules, max_rank = problem.modules, max(problem.ranks)
-    h = jnp.ones((problem.tokens, modules.count, max_rank), jnp.float32)
+    parts = tuning.shrink_parts if problem.tokens <= DECODE_TOKENS else tuning.block_parts
+    h = jnp.ones((problem.tokens, modules.count, parts, max_rank), jnp.float32)
     static = {"modules": modules, "layout": problem.layout, "tuning": tuning}
 
     def shrink(h, layer, x, pool, adapters):

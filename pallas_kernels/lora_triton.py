@@ -28,6 +28,7 @@ class Tuning:
     """How the kernels split their work.
 
     Attributes:
+        shrink_parts: programs that share the columns of a token's x, each with a sum of its own.
         shrink_tiles: of A, that a program for a single token asks for at once.
         expand_tiles: of each slab of B, whose columns a program for a single token has.
         expand_slabs: whose tiles it asks for at once.
@@ -36,6 +37,7 @@ class Tuning:
         whole_ranks: up to so many a single token's module is one program, both halves: one launch
             instead of two. 0: never.
         whole_tiles, whole_slabs: that such a program asks for at once, two warps a tile.
+        block_parts: as `shrink_parts`, for a block of tokens.
         block_tokens: of a program that shrinks a block of tokens, or a part of one.
         block_inputs: columns of x in a step of it.
         block_shrink_ranks: most ranks, of all modules, of its matrix product.
@@ -46,6 +48,7 @@ class Tuning:
         block_expand_ranks, block_expand_warps: as above. Of so many ranks h is read once.
     """
 
+    shrink_parts: int = 1
     shrink_tiles: int = 1
     shrink_warps: int = 2
     expand_tiles: int = 1
@@ -54,6 +57,7 @@ class Tuning:
     whole_ranks: int = 0
     whole_tiles: int = 4
     whole_slabs: int = 1
+    block_parts: int = 1
     block_tokens: int = 64
     block_inputs: int = 128
     block_shrink_ranks: int = 64
@@ -109,20 +113,23 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
     """`h = x Aᵀ` of the tokens of a list of work.
 
     Returns:
-        `[T, M, R]`, float32. What lies past a module's slabs, and other tokens' h, may be anything.
+        `[T, M, parts, R]`, float32, to be summed over parts, which are of the columns of x. What
+        lies past a module's slabs, and other tokens' h, may be anything.
     """
     tokens = x.shape[0]
     static = _static(pool, layer, work, pages, modules, layout)
     static |= {"INPUTS": modules.inputs, "SLAB_TILES": layout.slab_tiles(modules.inputs)}
     static |= {"AT_HAND": _at_hand(max_rank, modules.inputs, 0, layer, layout), "RANKS": max_rank}
     arrays = x, pool, _layer(layer), work.lines, pages
-    h = jax.ShapeDtypeStruct((tokens, modules.count, max_rank), jnp.float32)
+    parts = tuning.shrink_parts if work.block == 1 else tuning.block_parts
+    static |= {"PARTS": parts}
+    h = jax.ShapeDtypeStruct((tokens, modules.count, parts, max_rank), jnp.float32)
     lines = work.lines.shape[2]
     if work.block == 1:
         slabs, tiles = ceil_div(max_rank, SLAB_RANKS), ceil_div(modules.inputs, TILE_COLUMNS)
         options: dict[str, Any] = {"num_warps": tuning.shrink_warps, "SLABS": slabs}
         options |= {"AT_ONCE": min(tuning.shrink_tiles, power_of_two(tiles))}
-        grid = (lines, modules.count * slabs)
+        grid = (lines, modules.count * slabs, parts)
         return launch(shrink_single, *arrays, out_type=[h], grid=grid, **options, **static)
     # The ranks of all modules side by side: x is read once for all of them.
     all_ranks = modules.count * round_up(max_rank, SLAB_RANKS)
@@ -135,14 +142,20 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         "STEP": tuning.block_inputs,
         "RANK_BLOCK": ranks,
     }
-    grid = (lines, ceil_div(work.block, size), ceil_div(all_ranks, ranks))
+    grid = (lines, parts * ceil_div(work.block, size), ceil_div(all_ranks, ranks))
     return launch(shrink_block, *arrays, out_type=[h], grid=grid, **options, **static)
 
 
 def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tuning):
-    """`y + s · h Bᵀ` of the tokens of a list of work; y of the others stays as it is."""
-    max_rank, widest = h.shape[2], max(modules.outputs)
+    """`y + s · h Bᵀ` of the tokens of a list of work; y of the others stays as it is.
+
+    Args:
+        h: `[T, M, parts, R]`, float32.
+    """
+    parts, max_rank = h.shape[2:]
+    widest = max(modules.outputs)
     static = _expand_static(y, max_rank, pool, layer, work, pages, modules, layout)
+    static |= {"PARTS": parts}
     arrays = h, pool, _layer(layer), work.lines, work.scale, pages, _places(modules, layout)
     lines = work.lines.shape[2]
     if work.block == 1:

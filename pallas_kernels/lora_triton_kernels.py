@@ -86,10 +86,20 @@ def _tile(
 
 
 @jit
+def _sum_of_parts(h, mask, RANKS: tl.constexpr, PARTS: tl.constexpr):
+    """h at some pointers of its first part; each part is the sum over some of x's columns."""
+    total = tl.load(h, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(h + part * RANKS, mask=mask, other=0.0)
+    return total
+
+
+@jit
 def _shrink_slabs(
     x,
     pool,
     layer,
+    part,
     slab,
     slabs,
     first,
@@ -104,20 +114,25 @@ def _shrink_slabs(
     AT_HAND: tl.constexpr,
     INPUTS: tl.constexpr,
     SLAB_TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     SLABS_AT_ONCE: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Some slabs of A, from `slab` on, times a token's x: a sum for each rank."""
+    """Some slabs of A, from `slab` on, times a part of a token's x: a sum for each rank."""
     TILES: tl.constexpr = (INPUTS + 511) // 512
+    PART_TILES: tl.constexpr = (TILES + PARTS - 1) // PARTS
     # Threads are dealt out from the last axis on: along columns, and none is left for ranks.
     rank, number = tl.arange(0, SLABS_AT_ONCE * 8), tl.arange(0, AT_ONCE)[:, None]
     column = tl.arange(0, 512)
     within = (column // 64 * 512 + column % 64) + (rank % 8 * 64)[:, None, None]
     slab = (slab + rank // 8)[:, None, None]
     total = tl.zeros([SLABS_AT_ONCE * 8, AT_ONCE, 64], tl.float32)
-    for start in range(0, TILES, AT_ONCE):
+    for start in range(0, PART_TILES, AT_ONCE):
         tile = start + number
-        there = (slab < slabs) & (tile < TILES)[None]
+        inside = tile < PART_TILES
+        tile += part * PART_TILES
+        inside &= tile < TILES
+        there = (slab < slabs) & inside[None]
         at = _tile(
             first + slab * SLAB_TILES + tile[None], first, page0, page1, page2, pages, layer,
             there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
@@ -127,7 +142,7 @@ def _shrink_slabs(
         # would start to add, and wait, in between.
         tl.debug_barrier()
         source = tile * 512 + column
-        mine = tl.load(x + source, mask=source < INPUTS, other=0.0)
+        mine = tl.load(x + source, mask=inside & (source < INPUTS), other=0.0)
         products = a.to(tl.float32) * mine.to(tl.float32)[None]
         total += tl.sum(tl.reshape(products, [SLABS_AT_ONCE * 8, AT_ONCE, 64, 8]), 3)
     return tl.sum(tl.reshape(total, [SLABS_AT_ONCE * 8, AT_ONCE * 64]), 1)
@@ -156,6 +171,7 @@ def _expand_tiles(
     PAGE_TILES: tl.constexpr,
     AT_HAND: tl.constexpr,
     RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
     TILES: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -176,7 +192,7 @@ def _expand_tiles(
         b = tl.load(pool + at.to(tl.int64) * 4096 + within, mask=there, other=0.0)
         tl.debug_barrier()  # as above: all reads of B before those of h
         ranks = start * 8 + rank
-        mine = tl.load(h + ranks, mask=ranks < tl.minimum(slabs * 8, RANKS), other=0.0)
+        mine = _sum_of_parts(h + ranks, ranks < tl.minimum(slabs * 8, RANKS), RANKS, PARTS)
         total += tl.sum(b.to(tl.float32) * mine[:, None, None], 0)
     added = base.to(tl.float32) + scale * total
     tl.store(y + column, added.to(base.dtype), mask=column < columns)
@@ -204,22 +220,26 @@ def shrink_single(
     SLAB_TILES: tl.constexpr,
     RANKS: tl.constexpr,
     SLABS: tl.constexpr,
+    PARTS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """A slab of A times a token's x."""
+    """A slab of A times a part of a token's x."""
     layer = tl.load(layer)
     module, slab = tl.program_id(1) // SLABS, tl.program_id(1) % SLABS
+    part = tl.program_id(2) if PARTS > 1 else 0  # known: less to compute
     _, token, size, slabs, first, pages, page0, page1, page2 = _read_line(
         lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
         ALL_MODULES,
     )  # fmt: skip
     if (size > 0) & (slab < slabs):
         total = _shrink_slabs(
-            x + token * INPUTS, pool, layer, slab, slabs, first, pages, page0, page1, page2,
-            LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND, INPUTS, SLAB_TILES, 1, AT_ONCE,
+            x + token * INPUTS, pool, layer, part, slab, slabs, first, pages, page0, page1,
+            page2, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND, INPUTS, SLAB_TILES, PARTS, 1,
+            AT_ONCE,
         )  # fmt: skip
         ranks = slab * 8 + tl.arange(0, 8)
-        tl.store(h + (token * MODULES + module) * RANKS + ranks, total, mask=ranks < RANKS)
+        h += ((token * MODULES + module) * PARTS + part) * RANKS
+        tl.store(h + ranks, total, mask=ranks < RANKS)
 
 
 @jit
@@ -245,6 +265,7 @@ def expand_single(
     A_TILES: tl.constexpr,
     COPY: tl.constexpr,
     RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGN: tl.constexpr,
     TILES: tl.constexpr,
@@ -263,9 +284,10 @@ def expand_single(
     tile = tl.program_id(1) * TILES
     if (size > 0) & (slabs > 0) & (tile * 512 < columns):
         _expand_tiles(
-            y + (token.to(tl.int64) * WIDTH + begin), h + (token * MODULES + module) * RANKS,
-            pool, layer, tile, slabs, scale, columns, slab_tiles, first_b, first, pages, page0,
-            page1, page2, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND, RANKS, TILES, AT_ONCE,
+            y + (token.to(tl.int64) * WIDTH + begin),
+            h + (token * MODULES + module) * (PARTS * RANKS), pool, layer, tile, slabs, scale,
+            columns, slab_tiles, first_b, first, pages, page0, page1, page2, LAYERLESS, LAYERS,
+            PAGES, PAGE_TILES, AT_HAND, RANKS, PARTS, TILES, AT_ONCE,
         )  # fmt: skip
 
 
@@ -312,9 +334,9 @@ def delta_single(
         own = h + (token * MODULES + module) * RANKS
         for slab in range(0, slabs, SLABS_AT_ONCE):
             total = _shrink_slabs(
-                x + token * INPUTS, pool, layer, slab, slabs, first, pages, page0, page1, page2,
-                LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND, INPUTS, A_TILES, SLABS_AT_ONCE,
-                AT_ONCE,
+                x + token * INPUTS, pool, layer, 0, slab, slabs, first, pages, page0, page1,
+                page2, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND, INPUTS, A_TILES, 1,
+                SLABS_AT_ONCE, AT_ONCE,
             )  # fmt: skip
             ranks = slab * 8 + tl.arange(0, SLABS_AT_ONCE * 8)
             tl.store(own + ranks, total, mask=ranks < RANKS)
@@ -324,7 +346,7 @@ def delta_single(
             _expand_tiles(
                 y + (token.to(tl.int64) * WIDTH + begin), own, pool, layer, tile, slabs, scale,
                 columns, slab_tiles, first_b, first, pages, page0, page1, page2, LAYERLESS,
-                LAYERS, PAGES, PAGE_TILES, AT_HAND, RANKS, AT_ONCE, SLABS_AT_ONCE,
+                LAYERS, PAGES, PAGE_TILES, AT_HAND, RANKS, 1, AT_ONCE, SLABS_AT_ONCE,
             )  # fmt: skip
 
 
@@ -349,11 +371,13 @@ def shrink_block(
     INPUTS: tl.constexpr,
     SLAB_TILES: tl.constexpr,
     RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
-    """Some ranks, of all modules side by side, times a block of tokens' x."""
+    """Some ranks, of all modules side by side, times a part of a block of tokens' x."""
+    PART_INPUTS: tl.constexpr = (INPUTS + PARTS * STEP - 1) // (PARTS * STEP) * STEP
     layer = tl.load(layer)
     PADDED: tl.constexpr = (RANKS + 7) // 8 * 8
     numbers = tl.program_id(2) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
@@ -367,13 +391,15 @@ def shrink_block(
         ALL_MODULES,
     )  # fmt: skip
     there = (numbers < MODULES * PADDED) & (rank < slabs * 8)
-    row = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    if (tl.program_id(1) * TOKENS < size) & (tl.max(there.to(tl.int32), 0) > 0):
+    part, begin = tl.program_id(1) % PARTS, tl.program_id(1) // PARTS * TOKENS
+    row = begin + tl.arange(0, TOKENS)
+    if (begin < size) & (tl.max(there.to(tl.int32), 0) > 0):
         column, mine = tl.arange(0, STEP), row < size
         within = column // 64 * 512 + column % 64
         source = x + (token + row).to(tl.int64)[:, None] * INPUTS
         total = tl.zeros([TOKENS, RANK_BLOCK], tl.float32)
-        for start in range(0, INPUTS, STEP):
+        for step in range(0, PART_INPUTS, STEP):
+            start = part * PART_INPUTS + step
             at = _tile(
                 first + rank // 8 * SLAB_TILES + start // 512, first, page0, page1, page2, pages,
                 layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
@@ -385,7 +411,8 @@ def shrink_block(
                 source + start + column[None, :], mask=mine[:, None] & inside[None, :], other=0.0
             )
             total = tl.dot(own, tl.trans(a), total)
-        target = h + ((token + row)[:, None] * MODULES + module[None, :]) * RANKS + rank[None, :]
+        place = ((token + row)[:, None] * MODULES + module[None, :]) * PARTS + part
+        target = h + place * RANKS + rank[None, :]
         tl.store(target, total, mask=mine[:, None] & (there & (rank < RANKS))[None, :])
 
 
@@ -412,6 +439,7 @@ def expand_block(
     A_TILES: tl.constexpr,
     COPY: tl.constexpr,
     RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGN: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -436,10 +464,10 @@ def expand_block(
         # From the block's first token on, 32 bits are enough.
         y += token.to(tl.int64) * WIDTH + begin
         in_y = row[:, None] * WIDTH
-        h += (token * MODULES + module) * RANKS
-        in_h = row[:, None] * (MODULES * RANKS)
+        h += (token * MODULES + module) * (PARTS * RANKS)
+        in_h = row[:, None] * (MODULES * PARTS * RANKS)
         ranks = tl.minimum(slabs * 8, RANKS)
-        held = tl.load(h + (in_h + rank), mask=here[:, None] & (rank < ranks), other=0.0)
+        held = _sum_of_parts(h + (in_h + rank), here[:, None] & (rank < ranks), RANKS, PARTS)
         for span in tl.range(0, SPANS, num_stages=STAGES):
             start = (tl.program_id(1) * SPANS + span) * COLUMNS
             column = start + tl.arange(0, COLUMNS)
@@ -462,7 +490,7 @@ def expand_block(
                         PAGE_TILES, AT_HAND,
                     )  # fmt: skip
                     known = here[:, None] & (more + rank < ranks)
-                    mine = tl.load(h + (in_h + more + rank), mask=known, other=0.0)
+                    mine = _sum_of_parts(h + (in_h + more + rank), known, RANKS, PARTS)
                     total = _plus_product(total, mine, b)
             added = base.to(tl.float32) + scale * total
             tl.store(target, added.to(base.dtype), mask=wanted)

@@ -11,5 +11,5 @@ def lora_expand(y, h, pool, layer, adapters, *, modules: Modules, layout: PageLa
     """See `pallas_kernels.lora_expand.lora_expand`."""
     static = {"modules": modules, "layout": layout, "tuning": tuned(TUNING)}
     for work in adapters.work:
-        y = expand(y, h, pool, layer, work, adapters.pages, **static)
+        y = expand(y, h[:, :, None], pool, layer, work, adapters.pages, **static)
     return y

@@ -16,7 +16,7 @@ def lora_shrink(x, pool, layer, adapters, *, modules: Modules, max_rank: int, la
     static = {"modules": modules, "max_rank": max_rank, "layout": layout, "tuning": tuned(TUNING)}
     h = jnp.zeros((tokens, modules.count, max_rank), jnp.float32)
     for work in adapters.work:
-        found = shrink(x, pool, layer, work, adapters.pages, **static)
+        found = shrink(x, pool, layer, work, adapters.pages, **static).sum(axis=2)
         h = jnp.where(work.has(tokens)[:, None, None], found, h)
     mine = owners(adapters, tokens)[:, :, None]
     rank = jnp.where(mine, module_table(adapters, layer, modules).rank, 0).sum(axis=1)  # [T, M]

@@ -128,9 +128,11 @@ def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 128, (128, 64), 1, few=2)
 
 
-OTHER_CONSTANTS = {  # of Triton's kernels: programs that do what by default several do
+OTHER_CONSTANTS = {  # of Triton's kernels: programs that do more, or less
     "both halves": {"whole_ranks": 256, "whole_tiles": 2, "whole_slabs": 2},
     "several tiles": {"shrink_tiles": 2, "expand_tiles": 2, "expand_slabs": 2},
+    "parts": {"shrink_parts": 2},
+    "parts of blocks": {"block_parts": 3, "block_expand_ranks": 16},
     "several steps": {"block_outputs": 64, "block_spans": 3, "block_expand_stages": 3},
     "ranks in turn": {"block_spans": 2, "block_expand_ranks": 16, "block_shrink_ranks": 16},
 }
