@@ -78,8 +78,8 @@ TUNING = {
     # 9.5 / 16.2, of 2 tiles 11.8 / 16.8, by 1 warp 9.3 / 16.5, of 2 tiles by 4 warps 21.7 / 77.7.
     # Of 4096 tokens of 8 adapters of rank 16: shrink 20.3, of 32 tokens 30.8, in steps of 256
     # inputs by 8 warps 20.3, in 2 stages 34.7; expand 84.3, of 64 outputs by 2 warps 112.5, of 128
-    # by 8 192.2, of 256 80.9, whose registers spill. Not measured since: a thread adds up its part of
-    # a slab of A before the next (56 registers instead of 119), h is read once for up to
+    # by 8 192.2, of 256 80.9, whose registers spill. Not measured since: a thread adds up its part
+    # of a slab of A before the next (56 registers instead of 119), h is read once for up to
     # `block_expand_ranks` (128 instead of 168).
     80: Tuning(),
 }

@@ -89,7 +89,7 @@ def _tile(
 def _sum_of_parts(h, mask, RANKS: tl.constexpr, PARTS: tl.constexpr):
     """h at some pointers of its first part; each part is the sum over some of x's columns."""
     total = tl.load(h, mask=mask, other=0.0)
-    for part in tl.static_range(1, PARTS):
+    for part in range(1, PARTS):
         total += tl.load(h + part * RANKS, mask=mask, other=0.0)
     return total
 
