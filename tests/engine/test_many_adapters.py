@@ -21,7 +21,7 @@ from tests.adapters.make import write_adapter
 
 ADAPTERS = 2000
 HOST_GIB = 0.1  # of 0.49 that all take
-REQUESTS = 500
+REQUESTS = 300
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=3)
 PROMPT = "many adapters"
 CONFIG = read_model_config(BASE_MODEL)

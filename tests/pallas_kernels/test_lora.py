@@ -84,7 +84,12 @@ def halves(x, y, *where, max_rank, **static):
     return lora_expand(y, h, *where, **static)
 
 
-WAYS = pytest.mark.parametrize("delta", [lora_delta, halves], ids=["whole", "halves"])
+# Of blocks the whole is its halves; of single tokens there is a kernel that does both.
+WAYS = pytest.mark.parametrize(
+    ("delta", "block"),
+    [(lora_delta, 1), (halves, 1), (lora_delta, 64)],
+    ids=["single tokens", "single tokens, halves", "blocks of 64"],
+)
 
 
 @BLOCKS
@@ -112,15 +117,14 @@ def check_delta(
     np.testing.assert_array_equal(got[sum(lengths) :].astype(jnp.float32), y[sum(lengths) :])
 
 
-@WAYS
-def test_delta_of_runs_longer_than_a_block(delta, backend, dtype):
+def test_delta_of_runs_longer_than_a_block(backend, dtype):
     """Runs that begin and end anywhere between the multiples of 64 at which they are cut."""
     pages = Pages(LAYOUTS["wide"])
     ranks, lengths = [[8, 3], [0, 24], [5, 5], [1, 0]], [13, 70, 1, 60]
-    check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
+    check_delta(pages, lora_delta, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
 
 
-@WAYS
+@pytest.mark.parametrize("delta", [lora_delta, halves], ids=["whole", "halves"])
 def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     """Both kernels on one step: neither touches the other's tokens."""
     pages = Pages(LAYOUTS["wide"])
@@ -157,22 +161,26 @@ APART = (
     "fused, some modules missing",
     "outer",
     "large ranks",
-    "base only",
 )
 HALVES_CASES = {  # with A and B in columns of their own; and B behind A
     **{f"{name}, apart": (*DELTA_CASES[name], True) for name in APART},
-    **{name: (*DELTA_CASES[name], False) for name in ("fused, some modules missing", "outer")},
+    "fused, some modules missing": (*DELTA_CASES["fused, some modules missing"], False),
     "odd inputs": ("llama", [[8], [3]], [2, 1], 40, (128,), 1, False),
     "odd outputs": ("llama", [[8], [3]], [2, 1], 128, (40,), 1, False),
 }
 
 
-@BLOCKS
-@pytest.mark.parametrize("case", HALVES_CASES.values(), ids=HALVES_CASES.keys())
-def test_halves(backend, dtype, block, case):
+IN_BLOCKS = "fused, some modules missing, apart", "outer, apart", "odd inputs", "odd outputs"
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [(name, 1) for name in HALVES_CASES] + [(name, 64) for name in IN_BLOCKS],
+)
+def test_halves(backend, dtype, name, block):
     """Each half on its own, as where h crosses devices between them."""
-    name, ranks, lengths, inputs, outputs, layer, apart = case
-    pages, tokens, used = Pages(LAYOUTS[name]), sum(lengths) + BASE, sum(lengths)
+    layout, ranks, lengths, inputs, outputs, layer, apart = HALVES_CASES[name]
+    pages, tokens, used = Pages(LAYOUTS[layout]), sum(lengths) + BASE, sum(lengths)
 
     def make(inputs, outputs):
         return RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens, block=block)
@@ -207,7 +215,6 @@ def test_a_matrix_without_columns_takes_no_tiles(layout, rank):
 
 
 @WAYS
-@pytest.mark.parametrize("block", [1, 64])
 def test_base_tokens_may_be_anything(delta, backend, dtype, block):
     """Padding tokens of a step hold no numbers: they reach nobody, and come back as they are."""
     pages = Pages(LAYOUTS["llama"])
@@ -238,7 +245,6 @@ def test_lookup(pages):
 
 
 @WAYS
-@pytest.mark.parametrize("block", [1, 64])
 def test_padding_segments_reach_nobody(delta, backend, dtype, block):
     """A segment without tokens may name pages that hold anything by now."""
     pages = Pages(LAYOUTS["llama"])
@@ -252,7 +258,6 @@ def test_padding_segments_reach_nobody(delta, backend, dtype, block):
 
 
 @WAYS
-@pytest.mark.parametrize("block", [1, 64])
 def test_h_is_not_rounded(delta, backend, dtype, block):
     """A delta that h in bfloat16 would lose survives (vLLM #2893).
 
