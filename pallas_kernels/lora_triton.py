@@ -75,7 +75,7 @@ TUNING = {
     # 16 / of ranks 8 to 64 (by the clock: of those near 10 some may be the host's launching):
     # 10.6 + 9.2 / 15.1 + 17.1. Shrink of 4 tiles at once 10.6 / 16.1, of 8
     # 17.4 / 22.5, by 1 warp 11.8 / 21.9, of 2 by 4 warps 9.8 / 16.2. Expand of 2 slabs at once
-    # 9.5 / 16.2, of 2 tiles 11.8 / 16.8, by 1 warp 9.3 / 16.5, of 2 tiles by 4 warps 21.7 / 77.7.
+    # 9.5 / 16.2, of 2 tiles 11.8 / 16.8, by 1 warp 9.3 / 16.5.
     # Of 4096 tokens of 8 adapters of rank 16: shrink 20.3, of 32 tokens 30.8, in steps of 256
     # inputs by 8 warps 20.3, in 2 stages 34.7; expand 84.3, of 64 outputs by 2 warps 112.5, of 128
     # by 8 192.2, of 256 80.9, whose registers spill. Not measured since: a thread adds up its part

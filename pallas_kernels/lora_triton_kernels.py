@@ -121,31 +121,32 @@ def _shrink_slabs(
     """Some slabs of A, from `slab` on, times a part of a token's x: a sum for each rank."""
     TILES: tl.constexpr = (INPUTS + 511) // 512
     PART_TILES: tl.constexpr = (TILES + PARTS - 1) // PARTS
-    # Threads are dealt out from the last axis on: along columns, and none is left for ranks.
-    rank, number = tl.arange(0, SLABS_AT_ONCE * 8), tl.arange(0, AT_ONCE)[:, None]
-    column = tl.arange(0, 512)
-    within = (column // 64 * 512 + column % 64) + (rank % 8 * 64)[:, None, None]
-    slab = (slab + rank // 8)[:, None, None]
-    total = tl.zeros([SLABS_AT_ONCE * 8, AT_ONCE, 64], tl.float32)
+    # Threads are dealt out along the last axis first: it has the columns of all tiles, so that none
+    # is left for ranks. Which of two others would be next Triton's versions disagree on.
+    rank, column = tl.arange(0, SLABS_AT_ONCE * 8)[:, None], tl.arange(0, AT_ONCE * 512)
+    number = column // 512 if AT_ONCE > 1 else 0
+    within = column // 64 % 8 * 512 + column % 64 + rank % 8 * 64
+    slab += rank // 8
+    total = tl.zeros([SLABS_AT_ONCE * 8, AT_ONCE * 64], tl.float32)
     for start in range(0, PART_TILES, AT_ONCE):
         tile = start + number
         inside = tile < PART_TILES
         tile += part * PART_TILES
         inside &= tile < TILES
-        there = (slab < slabs) & inside[None]
+        there = (slab < slabs) & inside
         at = _tile(
-            first + slab * SLAB_TILES + tile[None], first, page0, page1, page2, pages, layer,
-            there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+            first + slab * SLAB_TILES + tile, first, page0, page1, page2, pages, layer, there,
+            LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
         )  # fmt: skip
         a = tl.load(pool + at.to(tl.int64) * 4096 + within, mask=there, other=0.0)
         # All reads of A are under way before x, which every sum needs, is read: the compiler
         # would start to add, and wait, in between.
         tl.debug_barrier()
-        source = tile * 512 + column
+        source = (start + part * PART_TILES) * 512 + column
         mine = tl.load(x + source, mask=inside & (source < INPUTS), other=0.0)
-        products = a.to(tl.float32) * mine.to(tl.float32)[None]
-        total += tl.sum(tl.reshape(products, [SLABS_AT_ONCE * 8, AT_ONCE, 64, 8]), 3)
-    return tl.sum(tl.reshape(total, [SLABS_AT_ONCE * 8, AT_ONCE * 64]), 1)
+        products = a.to(tl.float32) * mine.to(tl.float32)
+        total += tl.sum(tl.reshape(products, [SLABS_AT_ONCE * 8, AT_ONCE * 64, 8]), 2)
+    return tl.sum(total, 1)
 
 
 @jit
@@ -175,31 +176,28 @@ def _expand_tiles(
     TILES: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """To a token's y, in the columns of some tiles, all slabs of B times its h.
-
-    More warps than cover one tile's columns get other tiles by Triton 3.7, but other ranks by 3.6,
-    whose sums then cross shared memory: 32 KiB with 4 tiles and 8 warps.
-    """
-    rank, column = tl.arange(0, AT_ONCE * 8), tl.arange(0, 512)
-    tile += tl.arange(0, TILES)[:, None]
-    within = (column // 64 * 512 + column % 64) + (rank % 8 * 64)[:, None, None]
-    column += tile * 512
-    base = tl.load(y + column, mask=column < columns, other=0.0)
-    total = tl.zeros([TILES, 512], tl.float32)
+    """To a token's y, in the columns of some tiles, all slabs of B times its h."""
+    rank, column = tl.arange(0, AT_ONCE * 8), tl.arange(0, TILES * 512)
+    within = column // 64 % 8 * 512 + column % 64 + (rank % 8 * 64)[:, None]
+    of_y = tile * 512 + column
+    target, wanted = y + of_y, of_y < columns
+    tile += column // 512 if TILES > 1 else 0
+    base = tl.load(target, mask=wanted, other=0.0)
+    total = tl.zeros([TILES * 512], tl.float32)
     for start in range(0, slabs, AT_ONCE):
-        slab = (start + rank // 8)[:, None, None]
-        there = (slab < slabs) & (tile * 512 < columns)[None]
+        slab = (start + rank // 8)[:, None]
+        there = (slab < slabs) & (tile * 512 < columns)
         at = _tile(
-            first_b + slab * slab_tiles + tile[None], first, page0, page1, page2, pages, layer,
-            there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+            first_b + slab * slab_tiles + tile, first, page0, page1, page2, pages, layer, there,
+            LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
         )  # fmt: skip
         b = tl.load(pool + at.to(tl.int64) * 4096 + within, mask=there, other=0.0)
         tl.debug_barrier()  # as above: all reads of B before those of h
         ranks = start * 8 + rank
         mine = _sum_of_parts(h + ranks, ranks < tl.minimum(slabs * 8, RANKS), RANKS, PARTS)
-        total += tl.sum(b.to(tl.float32) * mine[:, None, None], 0)
+        total += tl.sum(b.to(tl.float32) * mine[:, None], 0)
     added = base.to(tl.float32) + scale * total
-    tl.store(y + column, added.to(base.dtype), mask=column < columns)
+    tl.store(target, added.to(base.dtype), mask=wanted)
 
 
 @jit
