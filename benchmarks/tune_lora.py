@@ -26,8 +26,8 @@ from benchmarks.problems import Program, Size, program
 from benchmarks.projection_problems import DECODE_TOKENS, Lora
 from benchmarks.record import say
 
-# Whose constants are independent of those before: what is launched, and of how many tokens.
-PARTS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+# By what is launched, and of how many tokens: constants that those of later lines do not change.
+CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("shrink", "single"): {
         "shrink_parts": (1, 2, 4),
         "shrink_warps": (1, 2, 4),
@@ -87,8 +87,8 @@ def descend(
     return best, ask(best)
 
 
-def part_program(problem: Lora, part: str, tuning: Any, size: Size) -> Program:
-    """One of a problem's two halves, or both, many times in a row."""
+def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
+    """One half of a problem, or `both`, many times in a row."""
     from pallas_kernels import lora_triton  # needs the extra
 
     pool, adapters, x, y = problem.data(size)
@@ -114,17 +114,17 @@ def part_program(problem: Lora, part: str, tuning: Any, size: Size) -> Program:
             y = lora_triton.delta(x, y, *where, max_rank=max_rank, **static)
         return y, None
 
-    if part == "both":
+    if half == "both":
         return program(both, y, len(pool), x, pool, adapters, size=size)
-    if part == "shrink":
+    if half == "shrink":
         return program(shrink, h, len(pool), x, pool, adapters, size=size)
     return program(expand, y, len(pool), h, pool, adapters, size=size)
 
 
-def part_us(problem: Lora, part: str, tuning: Any, size: Size) -> float:
-    """Of one of the operations of `part_program`, on the device; of both halves by the clock."""
-    call, carry = part_program(problem, part, tuning, size)
-    if part == "both":
+def half_us(problem: Lora, half: str, tuning: Any, size: Size) -> float:
+    """Of one of the operations of `half_program`, on the device; of both halves by the clock."""
+    call, carry = half_program(problem, half, tuning, size)
+    if half == "both":
         return measure(call, carry).each(size.length).us
     us, _ = busy_us(call, carry)
     assert us is not None
@@ -148,18 +148,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pallas_kernels.triton import tuned
 
     size, best = Size(args.length, 10**9), tuned(TUNING)
-    for (part, kind), choices in PARTS.items():
-        say(f"{part} of {kind}s")
+    for (half, kind), choices in CHOICES.items():
+        say(f"{half} of {kind}s")
         first: dict[Lora, float] = {}
 
-        def cost(tuning: Any, part=part, kind=kind, choices=choices, first=first) -> float:
+        def cost(tuning: Any, half=half, kind=kind, choices=choices, first=first) -> float:
             """The mean of the problems' times, as shares of the first ones."""
             total = 0.0
             for problem in problems(kind):
-                line = {"part": part, "case": problem.name, "device": jax.devices()[0].device_kind}
+                line = {"half": half, "case": problem.name, "device": jax.devices()[0].device_kind}
                 line |= {name: getattr(tuning, name) for name in choices}
                 try:
-                    us = part_us(problem, part, tuning, size)
+                    us = half_us(problem, half, tuning, size)
                 except Exception as error:  # of a compiler: too large for this card, say
                     print(json.dumps(line | {"error": str(error)[:200]}), flush=True)
                     return float("inf")
@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 total += us / first.setdefault(problem, us)
             return total / len(first)
 
-        if part == "both":  # else nothing would tell how large the one program is best
+        if half == "both":  # from one program on: else nothing tells how large it is best
+            cost(best)  # what the shares are of
             best = replace(best, whole_ranks=max(choices["whole_ranks"]))
         best, share = descend(best, choices, cost)
         say(f"{100 * share:.0f} % of what it took")

@@ -103,10 +103,8 @@ def delta(x, y, pool, layer, work: Work, pages, *, modules: Modules, max_rank, l
     arrays = x, pool, _layer(layer), work.lines, work.scale, pages, _places(modules, layout)
     h = jax.ShapeDtypeStruct((x.shape[0], modules.count, max_rank), jnp.float32)
     grid = (work.lines.shape[2], modules.count)
-    launched = launch(
-        delta_single, *arrays, updated=y, out_type=[h], grid=grid, **options, **static
-    )
-    return launched[0]
+    y, _ = launch(delta_single, *arrays, updated=y, out_type=[h], grid=grid, **options, **static)
+    return y
 
 
 def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, layout, tuning):
@@ -117,12 +115,12 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         lies past a module's slabs, and other tokens' h, may be anything.
     """
     tokens = x.shape[0]
+    parts = tuning.shrink_parts if work.block == 1 else tuning.block_parts
     static = _static(pool, layer, work, pages, modules, layout)
     static |= {"INPUTS": modules.inputs, "SLAB_TILES": layout.slab_tiles(modules.inputs)}
     static |= {"AT_HAND": _at_hand(max_rank, modules.inputs, 0, layer, layout), "RANKS": max_rank}
-    arrays = x, pool, _layer(layer), work.lines, pages
-    parts = tuning.shrink_parts if work.block == 1 else tuning.block_parts
     static |= {"PARTS": parts}
+    arrays = x, pool, _layer(layer), work.lines, pages
     h = jax.ShapeDtypeStruct((tokens, modules.count, parts, max_rank), jnp.float32)
     lines = work.lines.shape[2]
     if work.block == 1:
@@ -166,7 +164,7 @@ def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tu
         grid = (lines, ceil_div(widest, columns), modules.count)
         return launch(expand_single, *arrays, updated=y, grid=grid, **options, **static)
     columns, ranks = tuning.block_outputs, _block_ranks(max_rank, tuning.block_expand_ranks)
-    step = 2 * columns * (work.block + round_up(max_rank, ranks))  # bytes: what it reads of y and B
+    step = 2 * columns * (work.block + ranks)  # bytes: what it reads of y and B
     options: dict[str, Any] = {
         "num_warps": tuning.block_expand_warps,
         "num_stages": 1,

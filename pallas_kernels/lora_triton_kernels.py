@@ -41,13 +41,29 @@ def _read_line(
 
 
 @jit
-def _read_place(places, module, ALIGN: tl.constexpr):
-    """A module's columns, where they begin in y, and the tiles of a slab of its B."""
-    place = places + module * 3
+def _read_b(
+    scales,
+    places,
+    work,
+    module,
+    first,
+    slabs,
+    A_TILES: tl.constexpr,
+    COPY: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """What expanding a line of work needs beside the line.
+
+    Returns:
+        The module's scale, its columns, where they begin in y, the tiles of a slab of its B, and
+        the first one of B, which follows A.
+    """
+    scale, place = tl.load(scales + work), places + module * 3
     # What numbers of columns are multiples of, for wide loads.
     columns = tl.multiple_of(tl.load(place), ALIGN)
     begin = tl.multiple_of(tl.load(place + 1), ALIGN)
-    return columns, begin, tl.load(place + 2)
+    first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
+    return scale, columns, begin, tl.load(place + 2), first_b
 
 
 @jit
@@ -280,9 +296,9 @@ def expand_single(
         lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
         ALL_MODULES,
     )  # fmt: skip
-    scale = tl.load(scales + work)
-    columns, begin, slab_tiles = _read_place(places, module, ALIGN)
-    first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
+    scale, columns, begin, slab_tiles, first_b = _read_b(
+        scales, places, work, module, first, slabs, A_TILES, COPY, ALIGN
+    )
     tile = tl.program_id(1) * TILES
     if (size > 0) & (slabs > 0) & (tile * 512 < columns):
         _expand_tiles(
@@ -330,8 +346,9 @@ def delta_single(
         lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
         ALL_MODULES,
     )  # fmt: skip
-    scale = tl.load(scales + work)
-    columns, begin, slab_tiles = _read_place(places, module, ALIGN)
+    scale, columns, begin, slab_tiles, first_b = _read_b(
+        scales, places, work, module, first, slabs, A_TILES, COPY, ALIGN
+    )
     if (size > 0) & (slabs > 0):
         own = h + (token * MODULES + module) * RANKS
         for slab in range(0, slabs, SLABS_AT_ONCE):
@@ -343,7 +360,6 @@ def delta_single(
             ranks = slab * 8 + tl.arange(0, SLABS_AT_ONCE * 8)
             tl.store(own + ranks, total, mask=ranks < RANKS)
         tl.debug_barrier()  # what one thread has written all may read
-        first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
         for tile in range(0, tl.cdiv(columns, 512), AT_ONCE):
             _expand_tiles(
                 y + (token.to(tl.int64) * WIDTH + begin), own, pool, layer, tile, slabs, scale,
@@ -402,12 +418,14 @@ def shrink_block(
         total = tl.zeros([TOKENS, RANK_BLOCK], tl.float32)
         for step in range(0, PART_INPUTS, STEP):
             start = part * PART_INPUTS + step
+            # The last part may go on past the slab, where anything may lie, NaN as well.
+            known = there & (start < INPUTS) if PARTS > 1 else there
             at = _tile(
                 first + rank // 8 * SLAB_TILES + start // 512, first, page0, page1, page2, pages,
-                layer, there, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+                layer, known, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
             )  # fmt: skip
             of_rank = at.to(tl.int64) * 4096 + (start % 512 * 8 + rank % 8 * 64)
-            a = tl.load(pool + of_rank[:, None] + within[None, :], mask=there[:, None], other=0.0)
+            a = tl.load(pool + of_rank[:, None] + within[None, :], mask=known[:, None], other=0.0)
             inside = start + column < INPUTS
             own = tl.load(
                 source + start + column[None, :], mask=mine[:, None] & inside[None, :], other=0.0
@@ -457,9 +475,9 @@ def expand_block(
         lines, pages, layer, FIRST_MODULE + module, LAYERLESS, LAYERS, ADAPTER_PAGES, LINES,
         ALL_MODULES,
     )  # fmt: skip
-    scale = tl.load(scales + work)
-    columns, begin, slab_tiles = _read_place(places, module, ALIGN)
-    first_b = first + tl.cdiv(slabs * A_TILES, COPY) * COPY
+    scale, columns, begin, slab_tiles, first_b = _read_b(
+        scales, places, work, module, first, slabs, A_TILES, COPY, ALIGN
+    )
     if (size > 0) & (slabs > 0) & (tl.program_id(1) * SPANS * COLUMNS < columns):
         row, rank = tl.arange(0, TOKENS), tl.arange(0, RANK_BLOCK)
         here = row < size
@@ -470,7 +488,8 @@ def expand_block(
         in_h = row[:, None] * (MODULES * PARTS * RANKS)
         ranks = tl.minimum(slabs * 8, RANKS)
         held = _sum_of_parts(h + (in_h + rank), here[:, None] & (rank < ranks), RANKS, PARTS)
-        for span in tl.range(0, SPANS, num_stages=STAGES):
+        # To Triton a loop; to Python its `__next__` only raises.
+        for span in tl.range(0, SPANS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
             start = (tl.program_id(1) * SPANS + span) * COLUMNS
             column = start + tl.arange(0, COLUMNS)
             wanted = here[:, None] & (column < columns)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks import tune_lora
-from benchmarks.tune_lora import PARTS, descend
+from benchmarks.tune_lora import CHOICES, descend
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def test_what_cannot_be_is_not_chosen():
     )
 
 
-def test_every_part_has_problems():
-    for _, kind in PARTS:
+def test_every_half_has_problems():
+    for _, kind in CHOICES:
         assert list(tune_lora.problems(kind))
 
 

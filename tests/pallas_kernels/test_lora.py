@@ -155,6 +155,23 @@ def test_delta_with_other_constants(backend, dtype, constants, monkeypatch):
         check_delta(Pages(LAYOUTS[layout]), lora_delta, backend, dtype, block, *case)
 
 
+@pytest.mark.parametrize("block", [1, 64])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_no_part_reads_past_a_slab(backend, dtype, block, monkeypatch):
+    """Three parts of 1024 columns end behind the last one, where the pool is full of NaN."""
+    from pallas_kernels.lora_triton import TUNING  # needs the extra
+
+    for capability, tuning in TUNING.items():
+        monkeypatch.setitem(TUNING, capability, replace(tuning, shrink_parts=3, block_parts=3))
+    pages, tokens = Pages(LAYOUTS["llama"]), 4 + BASE
+    lora = RandomAdapters(pages, [[MAX_RANK]], [4], 1024, (0,), 1, tokens, block=block)
+    x = numbers(pages, tokens, 1024)
+    static = {"modules": lora.modules, "layout": pages.layout, "backend": backend}
+    there = where(pages, lora.adapters, 1, dtype)
+    h = lora_shrink(jnp.asarray(x, dtype), *there, max_rank=MAX_RANK, **static)
+    assert_close(h, lora.shrink(x, MAX_RANK))
+
+
 APART = (
     "outputs in several passes",
     "an odd number of tiles",
@@ -168,8 +185,6 @@ HALVES_CASES = {  # with A and B in columns of their own; and B behind A
     "odd inputs": ("llama", [[8], [3]], [2, 1], 40, (128,), 1, False),
     "odd outputs": ("llama", [[8], [3]], [2, 1], 128, (40,), 1, False),
 }
-
-
 IN_BLOCKS = "fused, some modules missing, apart", "outer, apart", "odd inputs", "odd outputs"
 
 

@@ -14,7 +14,7 @@ if not importlib.util.find_spec("jax_triton"):
     pytest.skip("needs the extra triton", allow_module_level=True)
 
 from benchmarks.problems import Size
-from benchmarks.tune_lora import PARTS, part_program, problems
+from benchmarks.tune_lora import CHOICES, half_program, problems
 from pallas_kernels import triton
 from pallas_kernels.backend import why_not_triton
 from pallas_kernels.layout import PageLayout
@@ -49,17 +49,17 @@ def test_stages_that_shared_memory_holds(capability, number, found):
 
 
 def test_every_constant_of_lora_is_tuned():
-    tuned = [name for choices in PARTS.values() for name in choices]
+    tuned = [name for choices in CHOICES.values() for name in choices]
     assert sorted(tuned) == sorted(field.name for field in fields(Tuning))
-    for name, choices in ((name, of[name]) for of in PARTS.values() for name in of):
+    for name, choices in ((name, of[name]) for of in CHOICES.values() for name in of):
         assert getattr(Tuning(), name) in choices
 
 
 @pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize(("part", "kind"), PARTS)
-def test_every_part_runs(part, kind):
+@pytest.mark.parametrize(("half", "kind"), CHOICES)
+def test_every_half_runs(half, kind):
     problem = next(problems(kind)).tiny()
-    call, carry = part_program(problem, part, Tuning(whole_ranks=16), Size(2, 1))
+    call, carry = half_program(problem, half, Tuning(whole_ranks=16), Size(2, 1))
     assert jax.block_until_ready(call(carry)).shape[0] == problem.tokens
 
 
