@@ -97,11 +97,12 @@ def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
     h = jnp.ones((problem.tokens, modules.count, parts, max_rank), jnp.float32)
     static = {"modules": modules, "layout": problem.layout, "tuning": tuning}
 
-    def shrink(h, layer, x, pool, adapters):
+    def shrink(y, layer, x, pool, adapters):
+        found = []  # of every list, as a result: what is no result is left out
         for work in adapters.work:
             where = pool, layer, work, adapters.pages
-            h = lora_triton.shrink(x, *where, max_rank=max_rank, **static)
-        return h, h  # a result, too: else all but the last were for nothing, and left out
+            found.append(lora_triton.shrink(x, *where, max_rank=max_rank, **static))
+        return y, found
 
     def expand(y, layer, h, pool, adapters):
         for work in adapters.work:
@@ -117,7 +118,7 @@ def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
     if half == "both":
         return program(both, y, len(pool), x, pool, adapters, size=size)
     if half == "shrink":
-        return program(shrink, h, len(pool), x, pool, adapters, size=size)
+        return program(shrink, y, len(pool), x, pool, adapters, size=size)
     return program(expand, y, len(pool), h, pool, adapters, size=size)
 
 
