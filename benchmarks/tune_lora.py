@@ -12,8 +12,9 @@ the clock decides.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from benchmarks.measure import measure
 from benchmarks.problems import Program, Size, program
 from benchmarks.projection_problems import DECODE_TOKENS, Lora
 from benchmarks.record import say
+from pallas_kernels.segments import Adapters
 
 # By what is launched, and of how many tokens: constants that those of later lines do not change.
 CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
@@ -42,9 +44,11 @@ CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
         "whole_tiles": (2, 4, 8),
         "whole_slabs": (1, 2),
         "whole_ranks": (0, 16, 32, 256),
+        "whole_programs": (1, 128, 256),
     },
     ("shrink", "block"): {
         "block_parts": (1, 2, 4),
+        "block_programs": (64, 128, 256),
         "block_tokens": (16, 32, 64),
         "block_inputs": (64, 128, 256),
         "block_shrink_warps": (4, 8),
@@ -53,8 +57,6 @@ CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     },
     ("expand", "block"): {
         "block_outputs": (64, 128, 256),
-        "block_spans": (1, 4, 8, 16),
-        "block_expand_stages": (1, 2, 3, 4),
         "block_expand_warps": (2, 4, 8),
         "block_expand_ranks": (16, 32, 64),
     },
@@ -91,35 +93,39 @@ def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
     """One half of a problem, or `both`, many times in a row."""
     from pallas_kernels import lora_triton  # needs the extra
 
-    pool, adapters, x, y = problem.data(size)
-    modules, max_rank = problem.modules, max(problem.ranks)
-    parts = tuning.shrink_parts if problem.tokens <= DECODE_TOKENS else tuning.block_parts
-    h = jnp.ones((problem.tokens, modules.count, parts, max_rank), jnp.float32)
-    static = {"modules": modules, "layout": problem.layout, "tuning": tuning}
+    pool, adapters, x, y = _data(problem, size)
+    static = {"modules": problem.modules, "layout": problem.layout, "tuning": tuning}
+    ranked: dict[str, Any] = static | {"max_rank": max(problem.ranks)}
 
     def shrink(y, layer, x, pool, adapters):
-        found = []  # of every list, as a result: what is no result is left out
-        for work in adapters.work:
-            where = pool, layer, work, adapters.pages
-            found.append(lora_triton.shrink(x, *where, max_rank=max_rank, **static))
-        return y, found
+        each = [
+            lora_triton.shrink(x, pool, layer, work, adapters.pages, **ranked)
+            for work in adapters.work
+        ]
+        return y, each  # as a result: what is no result is left out
 
-    def expand(y, layer, h, pool, adapters):
-        for work in adapters.work:
+    def expand(y, layer, each, pool, adapters):
+        for work, h in zip(adapters.work, each, strict=True):
             y = lora_triton.expand(y, h, pool, layer, work, adapters.pages, **static)
         return y, None
 
     def both(y, layer, x, pool, adapters):
         for work in adapters.work:
-            where = pool, layer, work, adapters.pages
-            y = lora_triton.delta(x, y, *where, max_rank=max_rank, **static)
+            y = lora_triton.delta(x, y, pool, layer, work, adapters.pages, **ranked)
         return y, None
 
-    if half == "both":
-        return program(both, y, len(pool), x, pool, adapters, size=size)
-    if half == "shrink":
-        return program(shrink, y, len(pool), x, pool, adapters, size=size)
-    return program(expand, y, len(pool), h, pool, adapters, size=size)
+    one = {"shrink": shrink, "expand": expand, "both": both}[half]
+    given: Any = x
+    if half == "expand":
+        _, shapes = jax.eval_shape(shrink, y, jnp.int32(0), x, pool, adapters)
+        given = [jnp.ones(h.shape, h.dtype) for h in shapes]
+    return program(one, jnp.copy(y), len(pool), given, pool, adapters, size=size)
+
+
+@lru_cache
+def _data(problem: Lora, size: Size) -> tuple[jax.Array, Adapters, jax.Array, jax.Array]:
+    """Made once for all that is tried."""
+    return problem.data(size)
 
 
 def half_us(problem: Lora, half: str, tuning: Any, size: Size) -> float:
@@ -132,11 +138,16 @@ def half_us(problem: Lora, half: str, tuning: Any, size: Size) -> float:
     return us / size.length
 
 
-def problems(kind: str) -> Iterator[Lora]:
-    """Of single tokens or blocks of them."""
-    for problem in (case.problem for case in target_cases()):
-        if isinstance(problem, Lora) and (problem.tokens <= DECODE_TOKENS) == (kind == "single"):
-            yield problem
+def problems(kind: str) -> list[Lora]:
+    """Of single tokens or blocks of them: of the target table, and what differs most from them."""
+    targets = [case.problem for case in target_cases() if isinstance(case.problem, Lora)]
+    single, *_ = own = [
+        one for one in targets if (one.tokens <= DECODE_TOKENS) == (kind == "single")
+    ]
+    if kind == "single":  # one module instead of three; three times the columns of x
+        return [*own, replace(single, projection="o"), replace(single, projection="down")]
+    short = replace(single, ranks=single.ranks[:1])
+    return [*own, replace(single, ranks=(64,) * len(single.ranks)), short]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

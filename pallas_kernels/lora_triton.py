@@ -36,37 +36,38 @@ class Tuning:
             each thread.
         whole_ranks: up to so many a single token's module is one program, both halves: one launch
             instead of two. 0: never.
+        whole_programs: less than so many there must not be of them: they would leave a card idle.
         whole_tiles, whole_slabs: that such a program asks for at once, two warps a tile.
-        block_parts: as `shrink_parts`, for a block of tokens.
+        block_programs: so many there are to be for blocks of tokens; if there are less blocks, some
+            share the columns of one's x.
+        block_parts: most of these that share.
         block_tokens: of a program that shrinks a block of tokens, or a part of one.
         block_inputs: columns of x in a step of it.
         block_shrink_ranks: most ranks, of all modules, of its matrix product.
         block_shrink_warps, stages: of such a program, and of its loop's pipeline.
-        block_outputs: columns of y of a step of a program for a block of tokens.
-        block_spans: its steps; while one is computed, the next ones are read.
-        block_expand_stages: one more than are read ahead; with 1 none is.
-        block_expand_ranks, block_expand_warps: as above. Of so many ranks h is read once.
+        block_outputs: columns of y of a program that expands a block of tokens.
+        block_expand_ranks, block_expand_warps: as above.
     """
 
-    shrink_parts: int = 1
+    shrink_parts: int = 4
     shrink_tiles: int = 1
     shrink_warps: int = 2
     expand_tiles: int = 1
     expand_slabs: int = 1
     expand_warps: int = 2
-    whole_ranks: int = 0
+    whole_ranks: int = 16
+    whole_programs: int = 128
     whole_tiles: int = 4
     whole_slabs: int = 1
-    block_parts: int = 1
+    block_programs: int = 128
+    block_parts: int = 4
     block_tokens: int = 64
     block_inputs: int = 128
     block_shrink_ranks: int = 64
     block_shrink_warps: int = 4
-    stages: int = 3
+    stages: int = 4
     block_outputs: int = 128
-    block_spans: int = 1
-    block_expand_stages: int = 1
-    block_expand_ranks: int = 32
+    block_expand_ranks: int = 64
     block_expand_warps: int = 4
 
 
@@ -87,7 +88,8 @@ TUNING = {
 
 def delta(x, y, pool, layer, work: Work, pages, *, modules: Modules, max_rank, layout, tuning):
     """`y + s · (x Aᵀ) Bᵀ` of the tokens of a list of work; y of the others stays as it is."""
-    if work.block > 1 or max_rank > tuning.whole_ranks:
+    programs = work.lines.shape[2] * modules.count
+    if work.block > 1 or max_rank > tuning.whole_ranks or programs < tuning.whole_programs:
         where, static = (pool, layer, work, pages), {"modules": modules, "layout": layout}
         h = shrink(x, *where, max_rank=max_rank, tuning=tuning, **static)
         return expand(y, h, *where, tuning=tuning, **static)
@@ -114,34 +116,32 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         `[T, M, parts, R]`, float32, to be summed over parts, which are of the columns of x. What
         lies past a module's slabs, and other tokens' h, may be anything.
     """
-    tokens = x.shape[0]
-    parts = tuning.shrink_parts if work.block == 1 else tuning.block_parts
     static = _static(pool, layer, work, pages, modules, layout)
     static |= {"INPUTS": modules.inputs, "SLAB_TILES": layout.slab_tiles(modules.inputs)}
     static |= {"AT_HAND": _at_hand(max_rank, modules.inputs, 0, layer, layout), "RANKS": max_rank}
-    static |= {"PARTS": parts}
     arrays = x, pool, _layer(layer), work.lines, pages
-    h = jax.ShapeDtypeStruct((tokens, modules.count, parts, max_rank), jnp.float32)
     lines = work.lines.shape[2]
     if work.block == 1:
         slabs, tiles = ceil_div(max_rank, SLAB_RANKS), ceil_div(modules.inputs, TILE_COLUMNS)
+        kernel, parts = shrink_single, tuning.shrink_parts
         options: dict[str, Any] = {"num_warps": tuning.shrink_warps, "SLABS": slabs}
         options |= {"AT_ONCE": min(tuning.shrink_tiles, power_of_two(tiles))}
         grid = (lines, modules.count * slabs, parts)
-        return launch(shrink_single, *arrays, out_type=[h], grid=grid, **options, **static)
-    # The ranks of all modules side by side: x is read once for all of them.
-    all_ranks = modules.count * round_up(max_rank, SLAB_RANKS)
-    ranks = _block_ranks(all_ranks, tuning.block_shrink_ranks)
-    size = min(tuning.block_tokens, work.block)
-    options: dict[str, Any] = {
-        "num_warps": tuning.block_shrink_warps,
-        "num_stages": stages(tuning.stages, step=2 * tuning.block_inputs * (size + ranks)),
-        "TOKENS": size,
-        "STEP": tuning.block_inputs,
-        "RANK_BLOCK": ranks,
-    }
-    grid = (lines, parts * ceil_div(work.block, size), ceil_div(all_ranks, ranks))
-    return launch(shrink_block, *arrays, out_type=[h], grid=grid, **options, **static)
+    else:
+        # The ranks of all modules side by side: x is read once for all of them.
+        all_ranks = modules.count * round_up(max_rank, SLAB_RANKS)
+        ranks = _block_ranks(all_ranks, tuning.block_shrink_ranks)
+        size = min(tuning.block_tokens, work.block)
+        blocks = ceil_div(work.block, size)
+        wanted = power_of_two(ceil_div(tuning.block_programs, lines * blocks))
+        kernel, parts = shrink_block, min(wanted, tuning.block_parts)
+        step = 2 * tuning.block_inputs * (size + ranks)  # bytes: what it reads of x and A
+        options = {"num_warps": tuning.block_shrink_warps}
+        options |= {"num_stages": stages(tuning.stages, step=step)}
+        options |= {"TOKENS": size, "STEP": tuning.block_inputs, "RANK_BLOCK": ranks}
+        grid = (lines, parts * blocks, ceil_div(all_ranks, ranks))
+    h = jax.ShapeDtypeStruct((x.shape[0], modules.count, parts, max_rank), jnp.float32)
+    return launch(kernel, *arrays, out_type=[h], grid=grid, PARTS=parts, **options, **static)
 
 
 def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tuning):
@@ -164,17 +164,14 @@ def expand(y, h, pool, layer, work: Work, pages, *, modules: Modules, layout, tu
         grid = (lines, ceil_div(widest, columns), modules.count)
         return launch(expand_single, *arrays, updated=y, grid=grid, **options, **static)
     columns, ranks = tuning.block_outputs, _block_ranks(max_rank, tuning.block_expand_ranks)
-    step = 2 * columns * (work.block + ranks)  # bytes: what it reads of y and B
     options: dict[str, Any] = {
         "num_warps": tuning.block_expand_warps,
         "num_stages": 1,
         "TOKENS": work.block,
         "COLUMNS": columns,
-        "SPANS": tuning.block_spans,
-        "STAGES": stages(tuning.block_expand_stages, step=step, fixed=step),
         "RANK_BLOCK": ranks,
     }
-    grid = (lines, ceil_div(widest, columns * tuning.block_spans), modules.count)
+    grid = (lines, ceil_div(widest, columns), modules.count)
     return launch(expand_block, *arrays, updated=y, grid=grid, **options, **static)
 
 

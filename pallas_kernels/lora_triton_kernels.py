@@ -464,8 +464,6 @@ def expand_block(
     ALIGN: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPANS: tl.constexpr,
-    STAGES: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
     """Some columns of B times a block of tokens' h."""
@@ -478,43 +476,35 @@ def expand_block(
     scale, columns, begin, slab_tiles, first_b = _read_b(
         scales, places, work, module, first, slabs, A_TILES, COPY, ALIGN
     )
-    if (size > 0) & (slabs > 0) & (tl.program_id(1) * SPANS * COLUMNS < columns):
-        row, rank = tl.arange(0, TOKENS), tl.arange(0, RANK_BLOCK)
+    start = tl.program_id(1) * COLUMNS
+    if (size > 0) & (slabs > 0) & (start < columns):
+        row, column, rank = (
+            tl.arange(0, TOKENS),
+            start + tl.arange(0, COLUMNS),
+            tl.arange(0, RANK_BLOCK),
+        )
         here = row < size
+        wanted = here[:, None] & (column < columns)
         # From the block's first token on, 32 bits are enough.
-        y += token.to(tl.int64) * WIDTH + begin
-        in_y = row[:, None] * WIDTH
         h += (token * MODULES + module) * (PARTS * RANKS)
-        in_h = row[:, None] * (MODULES * PARTS * RANKS)
+        of_h = h + (row[:, None] * (MODULES * PARTS * RANKS) + rank)
         ranks = tl.minimum(slabs * 8, RANKS)
-        held = _sum_of_parts(h + (in_h + rank), here[:, None] & (rank < ranks), RANKS, PARTS)
-        # To Triton a loop; to Python its `__next__` only raises.
-        for span in tl.range(0, SPANS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-            start = (tl.program_id(1) * SPANS + span) * COLUMNS
-            column = start + tl.arange(0, COLUMNS)
-            wanted = here[:, None] & (column < columns)
-            target = y + (in_y + column)
-            base = tl.load(target, mask=wanted, other=0.0)  # early, with all else
-            total = tl.zeros([TOKENS, COLUMNS], tl.float32)
-            if RANKS <= RANK_BLOCK:
-                b = _ranks_of_b(
-                    pool, layer, rank, column, start // 512, columns, slabs, slab_tiles, first_b,
-                    first, pages, page0, page1, page2, LAYERLESS, LAYERS, PAGES, PAGE_TILES,
-                    AT_HAND,
-                )  # fmt: skip
-                total = _plus_product(total, held, b)
-            else:
-                for more in range(0, slabs * 8, RANK_BLOCK):
-                    b = _ranks_of_b(
-                        pool, layer, more + rank, column, start // 512, columns, slabs, slab_tiles,
-                        first_b, first, pages, page0, page1, page2, LAYERLESS, LAYERS, PAGES,
-                        PAGE_TILES, AT_HAND,
-                    )  # fmt: skip
-                    known = here[:, None] & (more + rank < ranks)
-                    mine = _sum_of_parts(h + (in_h + more + rank), known, RANKS, PARTS)
-                    total = _plus_product(total, mine, b)
-            added = base.to(tl.float32) + scale * total
-            tl.store(target, added.to(base.dtype), mask=wanted)
+        mine = _sum_of_parts(of_h, here[:, None] & (rank < ranks), RANKS, PARTS)
+        target = y + (token.to(tl.int64) * WIDTH + begin) + (row[:, None] * WIDTH + column)
+        wanted = here[:, None] & (column < columns)
+        base = tl.load(target, mask=wanted, other=0.0)  # early, with all else
+        total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for more in range(0, RANKS if RANKS <= RANK_BLOCK else slabs * 8, RANK_BLOCK):
+            b = _ranks_of_b(
+                pool, layer, more + rank, column, start // 512, columns, slabs, slab_tiles, first_b,
+                first, pages, page0, page1, page2, LAYERLESS, LAYERS, PAGES, PAGE_TILES, AT_HAND,
+            )  # fmt: skip
+            if RANKS > RANK_BLOCK:
+                known = here[:, None] & (more + rank < ranks)
+                mine = _sum_of_parts(of_h + more, known, RANKS, PARTS)
+            total = _plus_product(total, mine, b)
+        added = base.to(tl.float32) + scale * total
+        tl.store(target, added.to(base.dtype), mask=wanted)
 
 
 @jit

@@ -133,12 +133,15 @@ def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
 
 
 OTHER_CONSTANTS = {  # of Triton's kernels: programs that do more, or less
-    "both halves": {"whole_ranks": 256, "whole_tiles": 2, "whole_slabs": 2},
+    "both halves": {"whole_ranks": 256, "whole_programs": 1},
+    "halves of several slabs": {
+        **{"whole_ranks": 256, "whole_programs": 1},
+        **{"whole_tiles": 2, "whole_slabs": 2},
+    },
     "several tiles": {"shrink_tiles": 2, "expand_tiles": 2, "expand_slabs": 2},
-    "parts": {"shrink_parts": 2},
-    "parts of blocks": {"block_parts": 3, "block_expand_ranks": 16},
-    "several steps": {"block_outputs": 64, "block_spans": 3, "block_expand_stages": 3},
-    "ranks in turn": {"block_spans": 2, "block_expand_ranks": 16, "block_shrink_ranks": 16},
+    "one part": {"shrink_parts": 1},
+    "one part of blocks": {"block_parts": 1},
+    "ranks in turn": {"block_parts": 3, "block_expand_ranks": 16, "block_shrink_ranks": 16},
 }
 
 
