@@ -44,7 +44,8 @@ CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
         "whole_tiles": (2, 4, 8),
         "whole_slabs": (1, 2),
         "whole_ranks": (0, 16, 32, 256),
-        "whole_programs": (1, 128, 256),
+        "whole_columns": (4096, 16384),
+        "whole_programs": (1, 192, 768),
     },
     ("shrink", "block"): {
         "block_parts": (1, 2, 4),

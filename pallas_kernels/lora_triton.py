@@ -36,11 +36,12 @@ class Tuning:
             each thread.
         whole_ranks: up to so many a single token's module is one program, both halves: one launch
             instead of two. 0: never.
-        whole_programs: less than so many there must not be of them: they would leave a card idle.
+        whole_columns: of x, or of a module, that are not too many for one program.
+        whole_programs: of which there must be so many: fewer would leave a card idle.
         whole_tiles, whole_slabs: that such a program asks for at once, two warps a tile.
-        block_programs: so many there are to be for blocks of tokens; if there are less blocks, some
-            share the columns of one's x.
-        block_parts: most of these that share.
+        block_programs: wanted to shrink all blocks of tokens; to get more, some share the columns
+            of a block's x.
+        block_parts: most that share them.
         block_tokens: of a program that shrinks a block of tokens, or a part of one.
         block_inputs: columns of x in a step of it.
         block_shrink_ranks: most ranks, of all modules, of its matrix product.
@@ -56,7 +57,8 @@ class Tuning:
     expand_slabs: int = 1
     expand_warps: int = 2
     whole_ranks: int = 16
-    whole_programs: int = 128
+    whole_columns: int = 4096
+    whole_programs: int = 192
     whole_tiles: int = 4
     whole_slabs: int = 1
     block_programs: int = 128
@@ -72,30 +74,23 @@ class Tuning:
 
 
 TUNING = {
-    # On an H200, us of shrink + expand, q, k, v at hidden 4096, of 64 tokens on 64 adapters of rank
-    # 16 / of ranks 8 to 64 (by the clock: of those near 10 some may be the host's launching):
-    # 10.6 + 9.2 / 15.1 + 17.1. Shrink of 4 tiles at once 10.6 / 16.1, of 8
-    # 17.4 / 22.5, by 1 warp 11.8 / 21.9, of 2 by 4 warps 9.8 / 16.2. Expand of 2 slabs at once
-    # 9.5 / 16.2, of 2 tiles 11.8 / 16.8, by 1 warp 9.3 / 16.5.
-    # Of 4096 tokens of 8 adapters of rank 16: shrink 20.3, of 32 tokens 30.8, in steps of 256
-    # inputs by 8 warps 20.3, in 2 stages 34.7; expand 84.3, of 64 outputs by 2 warps 112.5, of 128
-    # by 8 192.2, of 256 80.9, whose registers spill. Not measured since: a thread adds up its part
-    # of a slab of A before the next (56 registers instead of 119), h is read once for up to
-    # `block_expand_ranks` (128 instead of 168).
-    80: Tuning(),
+    # Not measured: as on an H200, but registers of 64 ranks' products would spill.
+    80: Tuning(block_expand_ranks=32),
+    90: Tuning(),
 }
 
 
 def delta(x, y, pool, layer, work: Work, pages, *, modules: Modules, max_rank, layout, tuning):
     """`y + s · (x Aᵀ) Bᵀ` of the tokens of a list of work; y of the others stays as it is."""
+    widest = max(modules.inputs, *modules.outputs)
     programs = work.lines.shape[2] * modules.count
-    if work.block > 1 or max_rank > tuning.whole_ranks or programs < tuning.whole_programs:
+    small = max_rank <= tuning.whole_ranks and widest <= tuning.whole_columns
+    if work.block > 1 or not small or programs < tuning.whole_programs:
         where, static = (pool, layer, work, pages), {"modules": modules, "layout": layout}
         h = shrink(x, *where, max_rank=max_rank, tuning=tuning, **static)
         return expand(y, h, *where, tuning=tuning, **static)
     static = _expand_static(y, max_rank, pool, layer, work, pages, modules, layout)
-    widest = ceil_div(max(modules.inputs, *modules.outputs), TILE_COLUMNS)
-    tiles = min(tuning.whole_tiles, power_of_two(widest))
+    tiles = min(tuning.whole_tiles, power_of_two(ceil_div(widest, TILE_COLUMNS)))
     options: dict[str, Any] = {
         "num_warps": 2 * tiles,
         "INPUTS": modules.inputs,
@@ -132,14 +127,14 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         all_ranks = modules.count * round_up(max_rank, SLAB_RANKS)
         ranks = _block_ranks(all_ranks, tuning.block_shrink_ranks)
         size = min(tuning.block_tokens, work.block)
-        blocks = ceil_div(work.block, size)
-        wanted = power_of_two(ceil_div(tuning.block_programs, lines * blocks))
-        kernel, parts = shrink_block, min(wanted, tuning.block_parts)
+        blocks, rank_blocks = ceil_div(work.block, size), ceil_div(all_ranks, ranks)
+        wanted = ceil_div(tuning.block_programs, lines * blocks * rank_blocks)
+        kernel, parts = shrink_block, min(power_of_two(wanted), tuning.block_parts)
         step = 2 * tuning.block_inputs * (size + ranks)  # bytes: what it reads of x and A
         options = {"num_warps": tuning.block_shrink_warps}
         options |= {"num_stages": stages(tuning.stages, step=step)}
         options |= {"TOKENS": size, "STEP": tuning.block_inputs, "RANK_BLOCK": ranks}
-        grid = (lines, parts * blocks, ceil_div(all_ranks, ranks))
+        grid = (lines, parts * blocks, rank_blocks)
     h = jax.ShapeDtypeStruct((x.shape[0], modules.count, parts, max_rank), jnp.float32)
     return launch(kernel, *arrays, out_type=[h], grid=grid, PARTS=parts, **options, **static)
 

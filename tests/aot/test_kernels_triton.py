@@ -4,7 +4,6 @@
 import importlib
 import re
 import subprocess
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -74,11 +73,11 @@ def compiles(card, monkeypatch, tmp_path):
     """Lowers a function of shapes for a card, down to machine code of its kernels, by name."""
     library = importlib.import_module("pallas_kernels.triton").jax_triton().triton_lib
     capability, cores, most = CARDS[card]
-    found, compile_one = {}, library.compile_ttir_to_ptx_inplace
+    found, compile_one = [], library.compile_ttir_to_ptx_inplace
 
     def note(*args):
         result = compile_one(*args)
-        found[result.name] = result
+        found.append(result)
         return result
 
     monkeypatch.setattr(library, "compile_ttir_to_ptx_inplace", note)
@@ -91,8 +90,8 @@ def compiles(card, monkeypatch, tmp_path):
         found.clear()
         with use_abstract_mesh(mesh):
             jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-        assert sorted(found) == sorted(kernels)
-        for name, result in found.items():
+        assert {result.name for result in found} == set(kernels)
+        for name, result in ((result.name, result) for result in found):
             assert f".target sm_{capability}" in result.binary
             assert result.shared_mem_bytes <= most << 10, name
             if name in NARROW:
@@ -151,27 +150,6 @@ def test_writes(config, layout, compiles):
 def test_lora(config, layout, compiles, tokens, block, max_rank):
     kind = "single" if block == 1 else "block"
     kernels, what = [f"shrink_{kind}", f"expand_{kind}"], (lora_delta, ("qkv", "down"))
+    if block == 1 and max_rank == 8:
+        kernels.append("delta_single")  # of qkv, whose modules are many, and not wide
     check_lora(config, layout, compiles, *what, tokens, block, max_rank, kernels, backend="triton")
-
-
-@pytest.mark.parametrize("config", [KERNEL_SHAPES["llama-2-7b"]], ids=["llama-2-7b"])
-@pytest.mark.parametrize(
-    ("tokens", "block", "constants", "kernels"),
-    [
-        (ROWS, 1, {"whole_ranks": 16}, ["delta_single"]),
-        (
-            *(CHUNK, 64),
-            {"block_outputs": 64, "block_spans": 16, "block_expand_stages": 3},
-            ["shrink_block", "expand_block"],
-        ),
-    ],
-    ids=["both halves", "several steps"],
-)
-def test_lora_with_other_constants(
-    config, layout, compiles, tokens, block, constants, kernels, monkeypatch
-):
-    tuning = importlib.import_module("pallas_kernels.lora_triton").TUNING
-    for capability, line in tuning.items():
-        monkeypatch.setitem(tuning, capability, replace(line, **constants))
-    what = lora_delta, ("qkv", "down"), tokens, block, 16
-    check_lora(config, layout, compiles, *what, kernels, backend="triton")

@@ -212,6 +212,13 @@ def test_lora_of_single_tokens(backend, name, config, layout, which):
     check_lora(backend, layout, *linears(config)[which], RANKS, lengths, 1, large=name == LARGE)
 
 
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b"])
+def test_lora_of_single_tokens_of_small_ranks(backend, name, config, layout):
+    """As many as Triton takes both halves of in one launch."""
+    lengths, ranks = [1, 9, 3, 0, 1, 30, 2, 20], [16, 8, 1, 16, 5, 16, 13, 8]
+    check_lora(backend, layout, *linears(config)["qkv"], ranks, lengths, 1, large=name == LARGE)
+
+
 @pytest.mark.parametrize(("name", "which"), LORA)
 def test_lora_of_prompts(backend, name, config, layout, which):
     lengths = [100, 1, 65, 0, 63, 129, 1, 20]
