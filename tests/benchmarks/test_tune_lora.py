@@ -34,6 +34,29 @@ def test_what_cannot_be_is_not_chosen():
     )
 
 
+def test_what_gains_too_little_is_noise():
+    costs = {1: 5.0, 2: 4.96, 3: 4.94}
+    assert descend(Two(), {"a": (1, 2)}, lambda two: costs[two.a]) == (Two(), 5.0)
+    assert descend(Two(), {"a": (1, 2, 3)}, lambda two: costs[two.a]) == (Two(a=3), 4.94)
+
+
+def test_a_card_that_is_full_is_no_result(monkeypatch, capsys):
+    pytest.importorskip("jax_triton")
+
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tune_lora, "why_not", lambda backend: None)
+    monkeypatch.setattr(tune_lora, "half_us", full)
+    monkeypatch.setattr("pallas_kernels.triton.INTERPRETED", True)
+    with pytest.raises(SystemExit):
+        tune_lora.main([])
+    said = capsys.readouterr()
+    assert "shrink of singles cannot be measured" in said.err
+    assert "out of memory" in said.out
+    assert "Tuning(" not in said.out
+
+
 def test_every_half_has_problems():
     for _, kind in CHOICES:
         assert list(tune_lora.problems(kind))
