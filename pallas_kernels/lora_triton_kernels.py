@@ -478,16 +478,11 @@ def expand_block(
     )
     start = tl.program_id(1) * COLUMNS
     if (size > 0) & (slabs > 0) & (start < columns):
-        row, column, rank = (
-            tl.arange(0, TOKENS),
-            start + tl.arange(0, COLUMNS),
-            tl.arange(0, RANK_BLOCK),
-        )
-        here = row < size
-        wanted = here[:, None] & (column < columns)
+        row, column = tl.arange(0, TOKENS), start + tl.arange(0, COLUMNS)
+        here, rank = row < size, tl.arange(0, RANK_BLOCK)
         # From the block's first token on, 32 bits are enough.
-        h += (token * MODULES + module) * (PARTS * RANKS)
-        of_h = h + (row[:, None] * (MODULES * PARTS * RANKS) + rank)
+        of_h = h + (token * MODULES + module) * (PARTS * RANKS)
+        of_h += row[:, None] * (MODULES * PARTS * RANKS) + rank
         ranks = tl.minimum(slabs * 8, RANKS)
         mine = _sum_of_parts(of_h, here[:, None] & (rank < ranks), RANKS, PARTS)
         target = y + (token.to(tl.int64) * WIDTH + begin) + (row[:, None] * WIDTH + column)
