@@ -7,7 +7,8 @@ One constant after the other is changed, and what makes the kernels faster is ke
 does. The last line says what is best as a line of `TUNING` in `pallas_kernels/lora_triton.py`; the
 others, in JSON, what every try took on the device, by the profiler: a host may need longer to
 launch the shortest kernels than they run. Only where a launch is what is saved, a single token's
-halves in one, the clock decides; there the same kernels took 10 to 16 us in one try or another.
+halves in one, the clock decides. There the same kernels took 10 to 16 us in one try or another:
+what is found of `whole_*` should be found again before it is believed.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from benchmarks.projection_problems import DECODE_TOKENS, Lora
 from benchmarks.record import say
 from pallas_kernels.segments import Adapters
 
-# By what is launched, and of how many tokens: constants that those of later lines do not change.
+# Constants, by what is launched, and of how many tokens, to find them one line after the other.
 CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("shrink", "single"): {
-        "shrink_parts": (1, 2, 4),
+        "shrink_parts": (1, 2, 4, 8),
         "shrink_warps": (1, 2, 4),
         "shrink_tiles": (1, 2, 4),
     },
@@ -51,7 +52,7 @@ CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
         "block_tokens": (16, 32, 64),
         "block_inputs": (64, 128, 256),
         "block_shrink_warps": (4, 8),
-        "stages": (2, 3, 4),
+        "stages": (2, 3, 4, 5),
         "block_shrink_ranks": (16, 32, 64),
     },
     ("expand", "block"): {
@@ -60,7 +61,7 @@ CHOICES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
         "block_expand_ranks": (16, 32, 64),
     },
     ("both", "block"): {  # what shrinks in parts is expanded from them: slower, of many
-        "block_parts": (1, 2, 4),
+        "block_parts": (1, 2, 4, 8),
         "block_programs": (64, 128, 256),
     },
 }
@@ -148,13 +149,13 @@ def half_us(problem: Lora, half: str, tuning: Any, size: Size) -> float:
 def problems(kind: str) -> list[Lora]:
     """Of single tokens or blocks of them: of the target table, and what differs most from them."""
     targets = [case.problem for case in target_cases() if isinstance(case.problem, Lora)]
-    single, *_ = own = [
+    first, *_ = own = [
         one for one in targets if (one.tokens <= DECODE_TOKENS) == (kind == "single")
     ]
     if kind == "single":  # one module instead of three; three times the columns of x
-        return [*own, replace(single, projection="o"), replace(single, projection="down")]
-    short = replace(single, ranks=single.ranks[:1])
-    return [*own, replace(single, ranks=(64,) * len(single.ranks)), short]
+        return [*own, replace(first, projection="o"), replace(first, projection="down")]
+    large, short = (64,) * len(first.ranks), first.ranks[:1]
+    return [*own, replace(first, ranks=large), replace(first, ranks=short)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

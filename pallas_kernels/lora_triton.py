@@ -39,8 +39,8 @@ class Tuning:
         whole_columns: of x, or of a module, that are not too many for one program.
         whole_programs: of which there must be so many: fewer would leave a card idle.
         whole_tiles, whole_slabs: that such a program asks for at once, two warps a tile.
-        block_programs: wanted to shrink all blocks of tokens; to get more, some share the columns
-            of a block's x.
+        block_programs: wanted to shrink a step's blocks of tokens; to get so many, some share the
+            columns of a block's x.
         block_parts: most that share them.
         block_tokens: of a program that shrinks a block of tokens, or a part of one.
         block_inputs: columns of x in a step of it.
@@ -76,12 +76,12 @@ class Tuning:
 TUNING = {
     # Not measured: as on an H200, but that registers of 64 ranks' products would spill.
     80: Tuning(block_expand_ranks=32),
-    # By `benchmarks.tune_lora` on an H200, us on the device, of q, k and v at hidden 4096 where
-    # nothing else is said. 64 tokens on 64 adapters of rank 16: both halves in one 16.5 (2 tiles of
-    # 2 slabs at once 16.8), apart 17.5, of 1 part 18.9; of one module 10.1 in one and 9.3 apart,
-    # of 11008 inputs 25.5 and 13.7. 4096 tokens on 8 adapters of rank 16: 77.7 in 2 parts, 79.5 in
-    # 1, 87.7 in 4, which expand adds up again for every column block; 512 tokens on one: 18.4 in 4,
-    # 28.5 in 1. Of rank 64, 128.4; with 32 of them at once in expand 179.6.
+    # `benchmarks.tune_lora` on an H200; us on the device, of q, k and v at hidden 4096 if no other
+    # is named. 64 tokens on 64 adapters of rank 16: both halves in one 16.5 (2 tiles of 2 slabs at
+    # once 16.8), apart 17.5, of 1 part 18.9; o's 10.1 in one and 9.3 apart, down's of 11008 inputs
+    # 25.5 and 13.7. 4096 tokens on 8 adapters of rank 16: 77.7 in 2 parts, 79.5 in 1, 87.7 in 4,
+    # which expand adds up again for every column block; 512 tokens on one: 18.4 in 4, 28.5 in 1. Of
+    # rank 64, 128.4; with 32 of them at once in expand 179.6.
     90: Tuning(),
 }
 
@@ -126,7 +126,7 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         slabs, tiles = ceil_div(max_rank, SLAB_RANKS), ceil_div(modules.inputs, TILE_COLUMNS)
         kernel, parts = shrink_single, tuning.shrink_parts
         options: dict[str, Any] = {"num_warps": tuning.shrink_warps, "SLABS": slabs}
-        options |= {"AT_ONCE": min(tuning.shrink_tiles, power_of_two(tiles))}
+        options |= {"AT_ONCE": min(tuning.shrink_tiles, power_of_two(ceil_div(tiles, parts)))}
         grid = (lines, modules.count * slabs, parts)
     else:
         # The ranks of all modules side by side: x is read once for all of them.
@@ -134,8 +134,12 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         ranks = _block_ranks(all_ranks, tuning.block_shrink_ranks)
         size = min(tuning.block_tokens, work.block)
         blocks, rank_blocks = ceil_div(work.block, size), ceil_div(all_ranks, ranks)
-        wanted = ceil_div(tuning.block_programs, lines * blocks * rank_blocks)
-        kernel, parts = shrink_block, min(power_of_two(wanted), tuning.block_parts)
+        # As many lines as full blocks: there may be more, for more segments, but most are empty.
+        programs = ceil_div(x.shape[0], work.block) * blocks * rank_blocks
+        wanted = power_of_two(ceil_div(tuning.block_programs, programs))
+        # What expand reads in turns may have two: sums of four would need registers that spill.
+        most = tuning.block_parts if max_rank <= tuning.block_expand_ranks else 2
+        kernel, parts = shrink_block, min(wanted, most, tuning.block_parts)
         step = 2 * tuning.block_inputs * (size + ranks)  # bytes: what it reads of x and A
         options = {"num_warps": tuning.block_shrink_warps}
         options |= {"num_stages": stages(tuning.stages, step=step)}

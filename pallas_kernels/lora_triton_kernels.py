@@ -480,14 +480,15 @@ def expand_block(
     if (size > 0) & (slabs > 0) & (start < columns):
         row, column = tl.arange(0, TOKENS), start + tl.arange(0, COLUMNS)
         here, rank = row < size, tl.arange(0, RANK_BLOCK)
-        # From the block's first token on, 32 bits are enough.
         of_h = h + (token * MODULES + module) * (PARTS * RANKS)
         of_h += row[:, None] * (MODULES * PARTS * RANKS) + rank
         ranks = tl.minimum(slabs * 8, RANKS)
-        mine = _sum_of_parts(of_h, here[:, None] & (rank < ranks), RANKS, PARTS)
+        if RANKS <= RANK_BLOCK:  # all of h at once, early, with all else
+            mine = _sum_of_parts(of_h, here[:, None] & (rank < ranks), RANKS, PARTS)
+        # From the block's first token on, 32 bits are enough.
         target = y + (token.to(tl.int64) * WIDTH + begin) + (row[:, None] * WIDTH + column)
         wanted = here[:, None] & (column < columns)
-        base = tl.load(target, mask=wanted, other=0.0)  # early, with all else
+        base = tl.load(target, mask=wanted, other=0.0)
         total = tl.zeros([TOKENS, COLUMNS], tl.float32)
         for more in range(0, RANKS if RANKS <= RANK_BLOCK else slabs * 8, RANK_BLOCK):
             b = _ranks_of_b(

@@ -102,7 +102,7 @@ def with_work(
     tokens, as decode has them. Else there is one of blocks, which are cut at multiples of `block`:
     64 are the rows of a tensor-core operand, for prompts. Where a block would be nearly empty, it
     is better to take each token on its own: runs of at most `few` tokens are in a list of single
-    ones.
+    ones, which is the only one if no run can have more.
     """
     segments = length.shape[0]
     tables = pages, rank, first_tile, scale
@@ -111,7 +111,9 @@ def with_work(
     else:
         runs = min(segments, tokens // (few + 1))
         count = min(tokens, runs + tokens // block)
-        work = (_work(length, length > few, *tables, layout, block=block, count=count),)
+        work = ()
+        if count:  # a kernel has one program at least
+            work += (_work(length, length > few, *tables, layout, block=block, count=count),)
         if few:
             single, count = (length > 0) & (length <= few), min(tokens, segments * few)
             work += (_work(length, single, *tables, layout, block=1, count=count),)

@@ -145,7 +145,11 @@ def test_writes(config, layout, compiles):
 
 
 @pytest.mark.parametrize("config", [KERNEL_SHAPES["llama-2-7b"]], ids=["llama-2-7b"])
-@pytest.mark.parametrize(("tokens", "block"), [(ROWS, 1), (CHUNK, 64)], ids=["decode", "prompts"])
+@pytest.mark.parametrize(
+    ("tokens", "block"),
+    [(ROWS, 1), (CHUNK, 64), (8 * CHUNK, 64)],  # of many blocks x is in less parts
+    ids=["decode", "prompts", "many prompts"],
+)
 @pytest.mark.parametrize("max_rank", [8, 64, 256])
 def test_lora(config, layout, compiles, tokens, block, max_rank):
     kind = "single" if block == 1 else "block"

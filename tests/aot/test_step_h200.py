@@ -82,10 +82,11 @@ def test_mosaic_step(capfd, tokens, lora_mode, of_layer, of_head):
     ("tokens", "lora_mode", "of_layer", "of_head"),
     [
         # RoPE with the KV write, attention; LoRA of each projection, in two halves. With prompts:
-        # attention of those and of decodes, LoRA of blocks and of single tokens.
+        # attention of those and of decodes, LoRA of blocks and of single tokens (q, k and v of
+        # which are one kernel).
         (ROWS, "none", 2, 0),
         (ROWS, "all", 2 + 4 * 2, 2),
-        (128, "all", 3 + 4 * 4, 2),
+        (128, "all", 3 + 4 * 4 - 1, 2),
     ],
     ids=lambda value: str(value),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks import tune_lora
+from benchmarks.projection_problems import DECODE_TOKENS
 from benchmarks.tune_lora import CHOICES, descend
 
 
@@ -57,9 +58,11 @@ def test_a_card_that_is_full_is_no_result(monkeypatch, capsys):
     assert "Tuning(" not in said.out
 
 
-def test_every_half_has_problems():
-    for _, kind in CHOICES:
-        assert list(tune_lora.problems(kind))
+def test_every_half_has_problems_of_its_own():
+    single, block = tune_lora.problems("single"), tune_lora.problems("block")
+    assert {kind for _, kind in CHOICES} == {"single", "block"}
+    assert len({*single, *block}) == len(single) + len(block) == 8
+    assert max(one.tokens for one in single) <= DECODE_TOKENS < min(one.tokens for one in block)
 
 
 def test_without_a_gpu_the_reason_is_said(capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operation is tested on pages of several shapes, in each of its implementations."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -53,6 +54,9 @@ def backend(request, capsys, monkeypatch) -> Iterator[Backend]:
             pytest.skip("Triton's interpreter has a process of its own: TRITON_INTERPRET=1 pytest")
         split = TritonDecode(programs=64, block_keys=16, max_splits=4)
         monkeypatch.setitem(TRITON_DECODE, min(TRITON_DECODE), split)
+        tuning = importlib.import_module("pallas_kernels.lora_triton").TUNING  # needs the extra
+        whole = replace(tuning[min(tuning)], whole_ranks=256, whole_programs=1)
+        monkeypatch.setitem(tuning, min(tuning), whole)
         yield request.param
         return
     # The interpreter runs one CTA after another: as few as show how they share the work.

@@ -132,14 +132,25 @@ def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 128, (128, 64), 1, few=2)
 
 
+def test_delta_of_a_step_too_short_for_a_block(backend, dtype):
+    """One of its lists of work has no lines, whatever the step's tokens are."""
+    pages = Pages(LAYOUTS["wide"])
+    case = [[8, 3], [5, 5]], [2, 1], 128, (128, 64), 1
+    check_delta(pages, lora_delta, backend, dtype, 64, *case, few=8)
+    check_delta(pages, halves, backend, dtype, 64, *case, few=8)
+
+
 OTHER_CONSTANTS = {  # of Triton's kernels: programs that do more, or less
-    "both halves": {"whole_ranks": 256, "whole_programs": 1},
-    "halves of several slabs": {
-        **{"whole_ranks": 256, "whole_programs": 1},
-        **{"whole_tiles": 2, "whole_slabs": 2},
+    "halves": {"whole_ranks": 0},
+    "several slabs": {"whole_tiles": 2, "whole_slabs": 2},
+    "several tiles": {
+        "whole_ranks": 0,
+        "shrink_parts": 2,  # of 3 tiles
+        "shrink_tiles": 2,
+        "expand_tiles": 2,
+        "expand_slabs": 2,
     },
-    "several tiles": {"shrink_tiles": 2, "expand_tiles": 2, "expand_slabs": 2},
-    "one part": {"shrink_parts": 1},
+    "one part": {"whole_ranks": 0, "shrink_parts": 1},
     "one part of blocks": {"block_parts": 1},
     "ranks in turn": {"block_parts": 3, "block_expand_ranks": 16, "block_shrink_ranks": 16},
 }

@@ -32,7 +32,9 @@ def test_every_token_is_in_one_line(ends, tokens, block, few, seed):
     ints = (jnp.asarray(x, jnp.int32) for x in (lengths, pages, rank, first_tile))
     size = {"tokens": tokens, "block": block, "few": few}
     made = make(*ints, jnp.asarray(scale), layout=LAYOUT, **size)
-    assert [work.block for work in made.work] == [block] + [1] * (block > 1 and few > 0)
+    blocks = [block] * (block == 1 or tokens > few or tokens >= block)
+    assert [work.block for work in made.work] == blocks + [1] * (block > 1 and few > 0)
+    assert all(work.lines.shape[2] > 0 for work in made.work)
 
     owner = np.repeat(np.arange(SEGMENTS), lengths)
     seen = np.zeros(len(owner), int)

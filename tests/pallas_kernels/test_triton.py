@@ -5,10 +5,11 @@ import importlib
 import importlib.util
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 if not importlib.util.find_spec("jax_triton"):
@@ -16,7 +17,7 @@ if not importlib.util.find_spec("jax_triton"):
 
 from benchmarks.problems import Size
 from benchmarks.tune_lora import CHOICES, half_program, problems
-from pallas_kernels import triton
+from pallas_kernels import lora_triton, triton
 from pallas_kernels.backend import why_not_triton
 from pallas_kernels.layout import PageLayout
 from pallas_kernels.lora_triton import Tuning
@@ -53,7 +54,7 @@ def test_every_constant_of_lora_is_tuned():
     tuned = [name for choices in CHOICES.values() for name in choices]
     assert sorted(tuned) == sorted(field.name for field in fields(Tuning))
     for name, choices in ((name, of[name]) for of in CHOICES.values() for name in of):
-        assert getattr(Tuning(), name) in choices
+        assert all(getattr(line, name) in choices for line in lora_triton.TUNING.values())
 
 
 @pytest.fixture
@@ -87,6 +88,67 @@ def test_every_half_runs_as_often_as_is_said(half, kind, runs):
         kernels = {"delta_single"}
         kernels |= {"shrink_block", "expand_block"} if kind == "block" else set()
     assert Counter(runs) == dict.fromkeys(kernels, 2)
+
+
+ROWS, *_ = problems("single")  # 64 tokens of 64 adapters of rank 16: q, k and v, of 4096 columns
+PROMPTS, *_ = problems("block")  # 8 of 512 tokens of such adapters
+
+
+def of_first_work(problem, operation, tuning):
+    """What `shrink` or `delta` gives of a step's first list of work; its shape only."""
+
+    def call():
+        pool, adapters, x, y = problem.data(Size(1, 1))
+        where = pool, jnp.int32(0), adapters.work[0], adapters.pages
+        static = {"modules": problem.modules, "layout": problem.layout, "tuning": tuning}
+        given = (x,) if operation == lora_triton.shrink else (x, y)
+        return operation(*given, *where, max_rank=max(problem.ranks), **static)
+
+    return jax.eval_shape(call).shape
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("problem", "parts"),
+    [
+        (ROWS, 4),
+        (PROMPTS, 2),  # of 64 blocks there are then 128 programs
+        (replace(PROMPTS, ranks=(16,)), 4),
+        (replace(PROMPTS, ranks=(16,) * 64, each=8), 4),  # as many: blocks of its runs are few
+        (replace(PROMPTS, ranks=(16,) * 16), 1),
+        (replace(PROMPTS, ranks=(64,) * 8), 1),  # three products of 64 ranks each
+        (replace(PROMPTS, ranks=(128,), projection="o"), 2),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_parts_of_x_by_how_few_programs_there_are(problem, parts):
+    found = of_first_work(problem, lora_triton.shrink, Tuning())
+    assert found == (problem.tokens, problem.modules.count, parts, max(problem.ranks))
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("problem", "constants", "kernels"),
+    [
+        (ROWS, {"whole_programs": 192, "whole_columns": 4096, "whole_ranks": 16}, ["delta_single"]),
+        (ROWS, {"whole_programs": 193}, ["shrink_single", "expand_single"]),
+        (ROWS, {"whole_columns": 4095}, ["shrink_single", "expand_single"]),
+        (ROWS, {"whole_ranks": 15}, ["shrink_single", "expand_single"]),
+        (PROMPTS, {}, ["shrink_block", "expand_block"]),
+    ],
+    ids=["all that it takes", "programs", "columns", "ranks", "blocks"],
+)
+def test_both_halves_in_one_where_they_fill_a_card(problem, constants, kernels, monkeypatch):
+    launched, launch = [], lora_triton.launch
+
+    def noted(kernel, *args, **options):
+        launched.append(kernel.fn.__name__)
+        return launch(kernel, *args, **options)
+
+    monkeypatch.setattr(lora_triton, "launch", noted)
+    shape = of_first_work(problem, lora_triton.delta, replace(Tuning(), **constants))
+    assert shape == (problem.tokens, sum(problem.modules.outputs))
+    assert launched == kernels
 
 
 def test_powers_of_two():
