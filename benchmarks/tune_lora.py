@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -80,13 +80,7 @@ def descend(
         choices: values of its fields.
         cost: is asked once of each; infinite where something cannot be.
     """
-    known: dict[Any, float] = {}
-
-    def ask(one: Any) -> float:
-        if one not in known:
-            known[one] = cost(one)
-        return known[one]
-
+    ask = cache(cost)
     best, before = start, None
     while best != before:
         before = best
@@ -97,11 +91,14 @@ def descend(
     return best, ask(best)
 
 
-def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
+type Data = tuple[jax.Array, Adapters, jax.Array, jax.Array]  # see `Lora.data`
+
+
+def half_program(problem: Lora, data: Data, half: str, tuning: Any, size: Size) -> Program:
     """One half of a problem, or `both`, many times in a row."""
     from pallas_kernels import lora_triton  # needs the extra
 
-    pool, adapters, x, y = _data(problem, size)
+    pool, adapters, x, y = data
     static = {"modules": problem.modules, "layout": problem.layout, "tuning": tuning}
     ranked: dict[str, Any] = static | {"max_rank": max(problem.ranks)}
 
@@ -130,15 +127,9 @@ def half_program(problem: Lora, half: str, tuning: Any, size: Size) -> Program:
     return program(one, jnp.copy(y), len(pool), given, pool, adapters, size=size)
 
 
-@lru_cache
-def _data(problem: Lora, size: Size) -> tuple[jax.Array, Adapters, jax.Array, jax.Array]:
-    """Made once for all that is tried."""
-    return problem.data(size)
-
-
-def half_us(problem: Lora, half: str, tuning: Any, size: Size) -> float:
+def half_us(problem: Lora, data: Data, half: str, tuning: Any, size: Size) -> float:
     """Of one of the operations of `half_program`."""
-    call, carry = half_program(problem, half, tuning, size)
+    call, carry = half_program(problem, data, half, tuning, size)
     if half == "both" and problem.tokens <= DECODE_TOKENS:
         return measure(call, carry).each(size.length).us_min
     us, _ = busy_us(call, carry)
@@ -171,15 +162,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for (half, kind), choices in CHOICES.items():
         say(f"{half} of {kind}s")
         first: dict[Lora, float] = {}
+        data = cache(partial(Lora.data, size=size))  # for all that is tried, but not for all halves
 
-        def cost(tuning: Any, half=half, kind=kind, choices=choices, first=first) -> float:
+        @cache
+        def cost(tuning: Any, half=half, kind=kind, choices=choices, first=first, data=data):
             """The mean of the problems' times, as shares of the first ones."""
             total = 0.0
             for problem in problems(kind):
                 line = {"half": half, "case": problem.name, "device": jax.devices()[0].device_kind}
                 line |= {name: getattr(tuning, name) for name in choices}
                 try:
-                    us = half_us(problem, half, tuning, size)
+                    us = half_us(problem, data(problem), half, tuning, size)
                 except Exception as error:  # of a compiler: too large for this card, say
                     print(json.dumps(line | {"error": str(error)[:200]}), flush=True)
                     return float("inf")

@@ -137,9 +137,9 @@ def shrink(x, pool, layer, work: Work, pages, *, modules: Modules, max_rank, lay
         # As many lines as full blocks: there may be more, for more segments, but most are empty.
         programs = ceil_div(x.shape[0], work.block) * blocks * rank_blocks
         wanted = power_of_two(ceil_div(tuning.block_programs, programs))
-        # What expand reads in turns may have two: sums of four would need registers that spill.
-        most = tuning.block_parts if max_rank <= tuning.block_expand_ranks else 2
-        kernel, parts = shrink_block, min(wanted, most, tuning.block_parts)
+        kernel, parts = shrink_block, min(wanted, tuning.block_parts)
+        if max_rank > tuning.block_expand_ranks:
+            parts = min(parts, 2)  # expand reads h in turns: of four parts, registers would spill
         step = 2 * tuning.block_inputs * (size + ranks)  # bytes: what it reads of x and A
         options = {"num_warps": tuning.block_shrink_warps}
         options |= {"num_stages": stages(tuning.stages, step=step)}

@@ -91,7 +91,8 @@ def compiles(card, monkeypatch, tmp_path):
         with use_abstract_mesh(mesh):
             jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
         assert {result.name for result in found} == set(kernels)
-        for name, result in ((result.name, result) for result in found):
+        for result in found:
+            name = result.name
             assert f".target sm_{capability}" in result.binary
             assert result.shared_mem_bytes <= most << 10, name
             if name in NARROW:

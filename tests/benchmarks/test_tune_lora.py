@@ -49,6 +49,8 @@ def test_a_card_that_is_full_is_no_result(monkeypatch, capsys):
 
     monkeypatch.setattr(tune_lora, "why_not", lambda backend: None)
     monkeypatch.setattr(tune_lora, "half_us", full)
+    tiny = [problem.tiny() for problem in tune_lora.problems("single")]
+    monkeypatch.setattr(tune_lora, "problems", lambda kind: tiny)
     monkeypatch.setattr("pallas_kernels.triton.INTERPRETED", True)
     with pytest.raises(SystemExit):
         tune_lora.main([])

@@ -217,12 +217,14 @@ def test_lora_of_single_tokens(backend, name, config, layout, which):
 def test_lora_of_single_tokens_of_small_ranks(backend, name, config, layout):
     """As many as Triton takes both halves of in one launch."""
     lengths, ranks = [1, 9, 3, 0, 1, 30, 2, 20], [16, 8, 1, 16, 5, 16, 13, 8]
+    inputs, outputs = linears(config)["qkv"]
     if backend == "triton":
         table = importlib.import_module("pallas_kernels.lora_triton").TUNING  # needs the extra
         tuning = importlib.import_module("pallas_kernels.triton").tuned(table)
         assert 3 * sum(lengths) >= tuning.whole_programs
         assert max(ranks) <= tuning.whole_ranks
-    check_lora(backend, layout, *linears(config)["qkv"], ranks, lengths, 1, large=name == LARGE)
+        assert max(inputs, *outputs) <= tuning.whole_columns
+    check_lora(backend, layout, inputs, outputs, ranks, lengths, 1, large=name == LARGE)
 
 
 @pytest.mark.parametrize(("name", "which"), LORA)

@@ -79,8 +79,8 @@ def runs(monkeypatch):
 @pytest.mark.parametrize(("half", "kind"), CHOICES)
 def test_every_half_runs_as_often_as_is_said(half, kind, runs):
     problem, *_ = problems(kind)
-    problem, tuning = problem.tiny(), Tuning(whole_programs=1)
-    call, carry = half_program(problem, half, tuning, Size(2, 1))
+    problem, tuning, size = problem.tiny(), Tuning(whole_programs=1), Size(2, 1)
+    call, carry = half_program(problem, problem.data(size), half, tuning, size)
     assert jax.block_until_ready(call(carry)).shape[0] == problem.tokens
     # A step with blocks has a list of single tokens, too.
     kernels = {f"{half}_single", f"{half}_{kind}"}
