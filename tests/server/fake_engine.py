@@ -37,9 +37,7 @@ def stats(running: int) -> EngineStats:
 
 
 def delta(request_id: str, tokens: list[int], **fields) -> messages.Delta:
-    rest = dict.fromkeys(
-        ("finish_reason", "stop_reason", "logprobs", "queue_seconds")
-    )
+    rest = dict.fromkeys(("finish_reason", "stop_reason", "logprobs", "queue_seconds"))
     return messages.Delta(id=request_id, tokens=tokens, text="x" * len(tokens), **rest | fields)
 
 
@@ -74,6 +72,8 @@ class FakeEngine:
 
     def handle(self, message: messages.ToEngine) -> None:
         match message:
+            case messages.Generate(prompt=[]):
+                self.send(messages.Refused(message.ids[0], "the prompt is empty", "prompt"))
             case messages.Generate():
                 for request_id in message.ids:
                     self.begin(request_id, message.prompt[0], message.params)

@@ -92,7 +92,8 @@ def test_keys():
             response = await one.client.get(path)
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/", "/health", "/ping", "/metrics", "/version", "/openapi.json"):
+        probes = ("/health", "/health/live", "/health/ready", "/ping")
+        for path in ("/", *probes, "/metrics", "/version", "/openapi.json"):
             assert (await one.client.get(path)).status_code == 200
         assert (await one.client.get("/static/page.js")).status_code == 200
         for given, status in (
@@ -236,7 +237,7 @@ def test_a_dead_engine_is_noticed(mode, words):
         for response in await asyncio.gather(*waiting):
             assert error(response)["type"] == "ServiceUnavailableError"
         assert "dead" in events(await streaming)[-1]["error"]["message"]
-        assert (await one.client.get("/health")).status_code == 503
+        assert await probes(one) == {"live": 503, "ready": 503, "": 503}
         assert (await one.ask()).status_code == 503
         status = (await one.client.get("/status")).json()
         assert (status["state"], status["pool"]) == ("dead", None)
@@ -244,6 +245,12 @@ def test_a_dead_engine_is_noticed(mode, words):
         assert "vllm:num_requests_running" in (await one.client.get("/metrics")).text
 
     run(story)
+
+
+async def probes(one: World) -> dict[str, int]:
+    """The statuses of the probes for liveness and readiness, and of the one that has both names."""
+    paths = {"live": "/health/live", "ready": "/health/ready", "": "/health"}
+    return {name: (await one.client.get(path)).status_code for name, path in paths.items()}
 
 
 def test_a_failed_engine_is_dead_before_its_process_is():
@@ -277,6 +284,7 @@ def test_a_dead_engine_is_started_again(tmp_path, caplog):
         assert (await one.ask(model="mine")).status_code == 200
         assert (await one.ask(EXIT)).status_code == 503
         assert "is being started again" in error(await one.ask())["message"]
+        assert await probes(one) == {"live": 200, "ready": 503, "": 503}
         await one.until(lambda: one.front.client.num_restarts == 1)
         await one.ready()
         assert (await one.ask()).status_code == 200
@@ -315,9 +323,9 @@ def test_an_engine_that_loads():
     async def story(one: World) -> None:
         response = await one.ask()
         assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-        assert (await one.client.get("/health")).status_code == 503
+        assert await probes(one) == {"live": 200, "ready": 503, "": 503}
         await one.ready()
-        assert (await one.client.get("/health")).status_code == 200
+        assert await probes(one) == {"live": 200, "ready": 200, "": 200}
 
     run(story, wait=False)
 
@@ -328,6 +336,7 @@ def test_an_engine_that_hangs(monkeypatch):
         monkeypatch.setattr("server.engine_client._SILENCE_S", -1.0)
         response = await one.client.get("/health")
         assert "said nothing" in error(response)["message"]
+        assert await probes(one) == {"live": 503, "ready": 503, "": 503}
 
     run(story)
 
@@ -520,7 +529,7 @@ def test_draining():
         draining = asyncio.create_task(one.front.drain())
         await asyncio.sleep(0)
         assert "shutting down" in error(await one.ask())["message"]
-        assert (await one.client.get("/health")).status_code == 503
+        assert await probes(one) == {"live": 200, "ready": 503, "": 503}
         assert (await answered).status_code == 200
         await draining
         assert error(await silent)["code"] == 503
@@ -568,6 +577,11 @@ def test_logs_hold_prompts_if_told_so(caplog):
         ({"api_keys": ("",)}, "api_keys"),
         ({"max_body_mib": 0}, "max_body_mib"),
         ({"request_timeout_s": 0.0}, "request_timeout_s"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"max_body_mib": 300}, "max_bodies_mib"),
+        ({"tenant_tokens_per_minute": 0}, "tenant_tokens_per_minute"),
+        ({"max_stop_strings": -1}, "max_stop_strings"),
+        ({"admin_api_keys": ("",)}, "admin_api_keys"),
         ({"max_queued_requests": -1}, "max_queued_requests"),
         ({"shutdown_timeout_s": -1.0}, "shutdown_timeout_s"),
         ({"served_model_names": ()}, "served_model_names"),
