@@ -147,11 +147,12 @@ def test_a_long_text_is_refused_before_it_is_tokenized(monkeypatch):
         seen = []
         inner = one.front.prompts.need_tokenizer()
         encode = inner.encode
-        monkeypatch.setattr(
-            inner,
-            "encode",
-            lambda text, *a, **k: (seen.append(len(text)), encode(text, *a, **k))[1],
-        )
+
+        def watched(text: str, *rest: Any, **more: Any) -> list[int]:
+            seen.append(len(text))
+            return encode(text, *rest, **more)
+
+        monkeypatch.setattr(inner, "encode", watched)
         text = "hello wor " * 1_000_000
         body = {"model": "base", "messages": [{"role": "user", "content": text}]}
         for response in (

@@ -5,7 +5,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.server.fake_engine import ANSWER, HALF
 
 GET = b"GET /version HTTP/1.1\r\nHost: a\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-PROMPT_S = 1.0  # in which anything honest is answered meanwhile
+PROMPT_S = 2.0  # in which what is not an attack is answered meanwhile
 
 
 class Wire:
@@ -96,7 +96,7 @@ async def target(**limits: Any) -> AsyncIterator[Target]:
             timeout_graceful_shutdown=1,
         )
     )
-    server.capture_signals = lambda: asynccontextless()  # type: ignore[method-assign]
+    server.capture_signals = nullcontext  # they stay with pytest
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(20):
         while not server.started or front.client.ready is None:
@@ -109,14 +109,6 @@ async def target(**limits: Any) -> AsyncIterator[Target]:
             wire.writer.transport.abort()
         server.should_exit = True
         await serving
-
-
-class asynccontextless:
-    """Signals stay with pytest."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 def run(story: Callable[[Target], Coroutine[Any, Any, None]], **limits: Any) -> None:
@@ -257,11 +249,10 @@ def test_a_refused_body_that_goes_on(chunked, close):
             await wire.send(piece)
         assert (await wire.answer())[0] == 413
         began = time.monotonic()
-        with pytest.raises((ConnectionError, TimeoutError)):
-            async with asyncio.timeout(10):
-                while True:
-                    await wire.send(piece)
-                    await asyncio.sleep(0.01)
+        with suppress(ConnectionError):
+            while time.monotonic() - began < 10:
+                await wire.send(piece)
+                await asyncio.sleep(0.01)
         assert time.monotonic() - began < 8
         await one.check_alive()
 

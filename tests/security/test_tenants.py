@@ -57,21 +57,7 @@ class Queue(RuleBasedStateMachine):
             assert before == {one: one.size for one in self.open}
             return
         except TooManyRequests as refusal:
-            assert refusal.retry_after is not None
-            assert before == {one: one.size for one in self.open}, "in vain, others were hurt"
-            assert sum(held.values()) + choices > self.room
-            waiting = {one.tenant for one in self.open if one.size and one not in self.begun}
-            # Whoever has more, even after the newcomer, has nothing that could be taken; or taking
-            # what there is does not make enough room.
-            richer = [o for o in waiting - {tenant} if held[o] > held[tenant] + choices]
-            free = self.room - sum(held.values())
-            for one in richer:
-                left = held[one]
-                for other in reversed([o for o in self.open if o.tenant == one]):
-                    if other.size and other not in self.begun and left > held[tenant] + choices:
-                        free += other.size
-                        left -= other.size
-            assert free < choices or len(richer) > 1
+            self.check_refusal(refusal, tenant, choices, held, before)
             return
         self.open[place] = (context, None)
         self.count += 1
@@ -88,6 +74,26 @@ class Queue(RuleBasedStateMachine):
                 assert held[one.tenant] > held[tenant] + choices, "taken from one with less"
                 with pytest.raises(TooManyRequests):
                     one.check()
+
+    def check_refusal(
+        self,
+        refusal: TooManyRequests,
+        tenant: str,
+        choices: int,
+        held: dict[str, int],
+        before: dict[Place, int],
+    ) -> None:
+        """It is full, what could be taken from tenants with more is not enough, and none was."""
+        assert refusal.retry_after is not None
+        assert before == {one: one.size for one in self.open}, "in vain, others were hurt"
+        free = self.room - sum(held.values())
+        for richer in [one for one in TENANTS if held[one] > held[tenant] + choices]:
+            left = held[richer]
+            for place in reversed([one for one in self.open if one.tenant == richer]):
+                if place.size and place not in self.begun and left > held[tenant] + choices:
+                    free += place.size
+                    left -= place.size
+        assert free < choices
 
     def live(self) -> list[tuple[Place, Generation]]:
         return [(p, g) for p, (_, g) in self.open.items() if g is not None and p.size]
