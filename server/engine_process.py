@@ -37,7 +37,7 @@ from server.messages import (
     decode_to_engine,
     encode,
 )
-from slora_jax.cluster import Cluster
+from slora_jax.cluster import ALONE
 from slora_jax.core import RequestError, RequestOutput
 
 if TYPE_CHECKING:
@@ -207,15 +207,15 @@ def _make_engine(launch: Launch) -> tuple["Engine", dict[str, str]]:
 
     Raises:
         ValueError: the model, an option or, the first time, an adapter is not supported.
+        OSError: a file can't be read, or another process of the engine is missing.
     """
-    if launch.cluster is not None:
-        Cluster(**launch.cluster).join()
+    peers = ALONE if launch.cluster is None else launch.cluster.join()
     from slora_jax import AdapterError, Engine
 
     options: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in launch.options.items()
     }
-    engine = Engine(launch.model, progress=launch.progress, **options)
+    engine = Engine(launch.model, peers=peers, progress=launch.progress, **options)
     failed: dict[str, str] = {}
     if launch.restart:
         for name, path in launch.adapters.items():
