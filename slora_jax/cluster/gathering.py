@@ -80,6 +80,10 @@ class _Gathering:
 
     def _missing(self) -> list[int]:
         with self._lock:
+            for process_id, channel in list(self._channels.items()):
+                if channel.hung_up():  # another one may come in its place
+                    logger.warning("process %d came, and is gone again", process_id)
+                    self._channels.pop(process_id).close()
             return [n for n in range(1, self._num_processes) if n not in self._channels]
 
     def _nobody_came(self, missing: list[int]) -> str:

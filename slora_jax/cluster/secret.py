@@ -43,7 +43,7 @@ def _read(file: Path) -> bytes:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for a writer
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}") from error
-    with open(descriptor, "rb") as opened:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{name} is not a regular file")
@@ -58,7 +58,9 @@ def _read(file: Path) -> bytes:
                 f"{name} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}): "
                 f"chmod 600 {file}"
             )
-        data = opened.read(_MOST_BYTES + 1)
+        data = os.read(descriptor, _MOST_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > _MOST_BYTES:
         raise ValueError(f"{name} is longer than {_MOST_BYTES} bytes")
     return data.strip()

@@ -26,6 +26,7 @@ from slora_jax.engine.link import (
     Reply,
     Stage,
     decode_command,
+    describe,
     encode,
 )
 from slora_jax.engine.runner import ModelRunner, StagedAdapter
@@ -82,7 +83,7 @@ class Follower:
             raise
         except BaseException as error:
             logger.exception("this process of the engine has failed")
-            self._say(Failed(f"{type(error).__name__}: {error}"))
+            self._say(Failed(describe(error)))
             os._exit(1)
 
     def _follow(self, command: Command) -> None:
@@ -132,7 +133,7 @@ class Follower:
         try:
             result = act()
         except Exception as problem:
-            self._say(Reply(number, None, f"{type(problem).__name__}: {problem}"))
+            self._say(Reply(number, None, describe(problem)))
             raise
         self._say(Reply(number, found(result), None))
         return result

@@ -24,6 +24,7 @@ from slora_jax.cluster import Channel, ClusterError, Peers
 from slora_jax.core import Install
 from slora_jax.engine.command import StepCommand
 from slora_jax.engine.link import (
+    MOST_REPLY_BYTES,
     Command,
     Drop,
     End,
@@ -145,7 +146,7 @@ class Followers:
         """Takes in replies until the other end is gone."""
         try:
             while True:
-                said = decode_reply(channel.receive())
+                said = decode_reply(channel.receive(MOST_REPLY_BYTES))
                 if isinstance(said, Failed):
                     self._lose(f"a process of the engine has failed: {said.error}")
                     return

@@ -19,6 +19,9 @@ from slora_jax.engine.sampler import PenaltyInputs, SamplingInputs
 from slora_jax.model.inputs import Bucket
 from slora_jax.model.llama import LoraMode
 
+MOST_REPLY_BYTES = 1 << 16  # of a `Reply` or `Failed`
+_MOST_ERROR = 4000  # characters of an error
+
 
 class Read(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Read an adapter's directory and say what is there."""
@@ -173,6 +176,12 @@ def _from_arrays(arrays: tuple[_Array, ...], dtypes: tuple[str, ...]) -> list[np
 
 
 # From and to bytes
+
+
+def describe(error: BaseException) -> str:
+    """An error as `Reply` and `Failed` have it."""
+    return f"{type(error).__name__}: {error}"[:_MOST_ERROR]
+
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_command = msgspec.msgpack.Decoder(Read | Stage | Drop | Enter | _Step | End).decode
