@@ -141,10 +141,22 @@ def test_a_step_with_another_value_somewhere_is_a_step_or_refused(command, data)
         assert found.choice.sampling.temperature.dtype == np.float32
 
 
-def test_an_array_of_objects_is_refused():
-    """NumPy would read pointers from its bytes."""
-    message = msgspec.msgpack.encode(
-        ["Step", [1, 1, 1, 1], True, "none", [], ["object", [1], b"8" * 8]]
-    )
-    with pytest.raises(ClusterError, match="not understood"):
-        decode_command(message)
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (["object", [1], b"8" * 8], "not understood"),  # NumPy would read pointers from its bytes
+        (["float32", [2], b"4444" * 2], "float32.* in the place of one of int32"),
+        (["int32", [3], b"4444" * 2], r"int32\[3\] of 8 bytes"),
+        (["int32", [2**62], b""], "of 0 bytes"),
+        (["int32", [-2], b"4444" * 2], r"int32\[-2\]"),
+        (["int32", [1, 2], b"4444" * 2], r"int32\[1, 2\]"),
+        (["int32", [], b"4444"], r"int32\[\]"),
+    ],
+)
+def test_an_array_is_of_the_size_and_the_type_of_its_place(array, message):
+    slot = ["int32", [1], b"4444"]
+    step = ["Step", [1, 1, 1, 1], True, "none", [], array, [], slot, None, None, None, None, None]
+    with pytest.raises(ClusterError, match=message):
+        decode_command(msgspec.msgpack.encode(step))
+    step[5] = slot
+    decode_command(msgspec.msgpack.encode(step))
