@@ -65,18 +65,22 @@ class _Gathering:
                 if time.monotonic() > deadline:
                     raise ClusterError(self._nobody_came(missing))
                 self._listening.settimeout(_PAUSE_S)  # those in threads may be the last
-                with suppress(TimeoutError):
+                with suppress(TimeoutError, ConnectionError):
                     self._meet(self._listening.accept()[0])
         except BaseException:
+            self._close()
             for channel in self._channels.values():
                 channel.close()
             raise
-        finally:
-            with self._lock:
-                self._open = False
-                for stranger in self._strangers:
-                    _hang_up(stranger)
+        self._close()
         return dict(sorted(self._channels.items()))
+
+    def _close(self) -> None:
+        """Admits no more."""
+        with self._lock:
+            self._open = False
+            for stranger in self._strangers:
+                _hang_up(stranger)
 
     def _missing(self) -> list[int]:
         with self._lock:

@@ -10,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -21,16 +20,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.experimental import multihost_utils
 
-from slora_jax.cluster import SECRET_VARIABLE, Cluster, ClusterError, Peers, gathering, jax_cluster
-from slora_jax.cluster.address import Address, free_port, listen
+from slora_jax.cluster import SECRET_VARIABLE, ClusterError, Peers, gathering, jax_cluster
+from slora_jax.cluster.address import free_port
 from slora_jax.cluster.channel import MOST_BYTES, Channel
-from slora_jax.cluster.gathering import MOST_STRANGERS, gather, reach
+from slora_jax.cluster.gathering import MOST_STRANGERS, reach
 from slora_jax.cluster.handshake import MAGIC, HandshakeError, admit, enter
 from slora_jax.cluster.peers import Word, understand
 from slora_jax.engine.link import Failed, Reply, decode_command, decode_reply, encode
+from tests.security.linking import SECRET, Background, channels, connected, meeting, soon
 
 ROOT = Path(__file__).parents[2]
-SECRET, OTHER = b"a secret of 32 bytes, more or less", b"another secret, just as long as it"
+OTHER = b"another secret, just as long as it"
 CLAIM_BYTES, PROOF_BYTES = len(MAGIC) + 4 + 4 + 32, 32
 GREETING_BYTES = len(MAGIC) + 32
 
@@ -43,90 +43,6 @@ class Executed:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
-
-
-def soon() -> float:
-    return time.monotonic() + 5
-
-
-@contextmanager
-def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of a TCP connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        one = socket.create_connection(listening.getsockname(), timeout=5)
-        other, _ = listening.accept()
-    other.settimeout(5)
-    with one, other:
-        yield one, other
-
-
-class Background[T]:
-    """Something that is done in a thread; `result` waits for what it returns or raises."""
-
-    def __init__(self, act) -> None:
-        self._act, self._found, self._error = act, None, None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._found = self._act()
-        except Exception as error:
-            self._error = error
-
-    def result(self):
-        self._thread.join(20)
-        assert not self._thread.is_alive(), "it waits for ever"
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-
-@contextmanager
-def channels() -> Iterator[tuple[Channel, Channel, socket.socket, socket.socket]]:
-    """Process 0's channel and process 1's, and their sockets, after the handshake."""
-    with connected() as (one, zero):
-        admitted = Background(lambda: admit(zero, SECRET, soon()))
-        ours = enter(one, SECRET, 1, 2, soon())
-        yield admitted.result().channel, ours, zero, one
-
-
-class Meeting:
-    """Process 0, which waits for the others; their channels live as long as it does."""
-
-    def __init__(self, listening: socket.socket, processes: int, timeout_s: float) -> None:
-        self.here = Address(*listening.getsockname()[:2])
-        self._processes = processes
-        self._came: list[Channel] = []
-        self._gathered = Background(lambda: gather(listening, SECRET, processes, timeout_s))
-
-    def come(
-        self, process_id: int, processes: int | None = None, secret: bytes = SECRET
-    ) -> Channel:
-        """Another process, or one that says so."""
-        channel = reach(self.here, secret, process_id, processes or self._processes, timeout_s=10)
-        self._came.append(channel)
-        return channel
-
-    def gathered(self) -> dict[int, Channel]:
-        """Process 0's channels."""
-        channels = self._gathered.result()
-        self._came += channels.values()
-        return channels
-
-    def close(self) -> None:
-        for channel in self._came:
-            channel.close()
-
-
-@contextmanager
-def meeting(
-    processes: int = 2, timeout_s: float = 15, host: str = "127.0.0.1"
-) -> Iterator[Meeting]:
-    with listen(free_port(host), "here") as listening:
-        met = Meeting(listening, processes, timeout_s)
-        with closing(met):
-            yield met
 
 
 def test_two_processes_that_know_the_secret_talk():
@@ -474,73 +390,6 @@ def test_waiting_inside_jax_ends_when_another_process_does(monkeypatch, caplog):
         jax_cluster._watched(Peers(0, 2, {1: zero}), 60, lambda: ended.wait(10))
     assert ended.is_set()
     assert "process 1 of the engine is lost" in caplog.text
-
-
-# The secret, and where process 0 listens
-
-
-def test_a_secret_file_is_this_users_alone(tmp_path):
-    file = tmp_path / "secret"
-    file.write_bytes(SECRET + b"\n")
-    file.chmod(0o600)
-    cluster = Cluster.of("host:1", 2, 0, file)
-    assert cluster is not None
-    assert cluster.secret == SECRET
-    for mode in (0o604, 0o640, 0o660, 0o644, 0o602):
-        file.chmod(mode)
-        with pytest.raises(ValueError, match=rf"other users \(mode {mode:04o}\): chmod 600"):
-            Cluster.of("host:1", 2, 0, file)
-
-
-def test_what_is_no_secret_is_refused(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo", 0o600)
-    short, long = tmp_path / "short", tmp_path / "long"
-    short.write_bytes(b"fifteen bytes..")
-    long.write_bytes(bytes(5000))
-    for file in (short, long):
-        file.chmod(0o600)
-    for file, message in [
-        (tmp_path / "fifo", "not a regular file"),
-        (tmp_path, "directory|regular"),
-        (tmp_path / "nothing", "No such file"),
-        (short, "has 15 bytes, and needs at least 16; make one with: openssl rand -hex 32"),
-        (long, "longer than 4096 bytes"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            Cluster.of("host:1", 2, 0, file)
-    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
-    with pytest.raises(ValueError, match=SECRET_VARIABLE):
-        Cluster("host:1", 2, 0)
-
-
-def test_process_0_listens_at_one_address_of_its_own():
-    for host in ("127.0.0.1", "localhost"):
-        with listen(Address(host, free_port("127.0.0.1").port), "x") as listening:
-            assert listening.getsockname()[0] in ("127.0.0.1", "::1")
-            with pytest.raises(OSError, match="can't listen at"):
-                listen(Address(*listening.getsockname()[:2]), "x")
-    with pytest.raises(ValueError, match=r"'192\.0\.2\.1' stands for .*no address of this machine"):
-        listen(Address("192.0.2.1", 4567), "coordinator_address")
-
-
-def has_ipv6() -> bool:
-    try:
-        free_port("::1")
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
-def test_ipv6():
-    with meeting(host="::1") as met:
-        assert str(met.here) == f"[::1]:{met.here.port}"
-        assert Address.parse(str(met.here), "here") == met.here
-        channel = met.come(1)
-        [zero] = met.gathered().values()
-        assert channel.peer_host == "::1"
-        zero.send(b"x")
-        assert channel.receive() == b"x"
 
 
 # All of it
