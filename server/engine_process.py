@@ -37,7 +37,7 @@ from server.messages import (
     decode_to_engine,
     encode,
 )
-from slora_jax.cluster import ALONE
+from slora_jax.cluster import ALONE, ClusterError
 from slora_jax.core import RequestError, RequestOutput
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def main() -> int:
     socket.connect(launch.address)
     try:
         engine, failed = _make_engine(launch)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ClusterError) as error:
         socket.send(encode(Failed(str(error))))
         socket.close()
         return 2
@@ -207,7 +207,7 @@ def _make_engine(launch: Launch) -> tuple["Engine", dict[str, str]]:
 
     Raises:
         ValueError: the model, an option or, the first time, an adapter is not supported.
-        OSError: a file can't be read, or another process of the engine is missing.
+        ClusterError: another process of the engine is missing.
     """
     peers = ALONE if launch.cluster is None else launch.cluster.join()
     from slora_jax import AdapterError, Engine

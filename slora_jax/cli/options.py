@@ -9,7 +9,14 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from slora_jax.cli import CommandError
-from slora_jax.cluster import ALONE, DEFAULT_TIMEOUT_S, ENVIRONMENT, SECRET_VARIABLE, Cluster
+from slora_jax.cluster import (
+    ALONE,
+    DEFAULT_TIMEOUT_S,
+    ENVIRONMENT,
+    SECRET_VARIABLE,
+    Cluster,
+    ClusterError,
+)
 from slora_jax.config import EngineConfig
 from slora_jax.openai.models import is_adapter_name
 from slora_jax.scheduling.options import PolicyName, SchedulingOptions
@@ -168,7 +175,7 @@ def follow(args: argparse.Namespace, cluster: Cluster, *, progress: bool) -> int
         from slora_jax.engine.following import Follower
 
         Follower(args.model, peers=peers, progress=progress, **engine_options(args)).run()
-    except (ValueError, OSError) as error:  # a ClusterError too
+    except (ValueError, OSError, ClusterError) as error:
         raise CommandError(str(error)) from error
     return 0
 
@@ -284,7 +291,7 @@ def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
         from slora_jax.engine.engine import Engine  # JAX takes a second to import
 
         engine = Engine(args.model, peers=peers, progress=progress, **engine_options(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ClusterError) as error:
         raise CommandError(str(error)) from error
     try:
         engine.load_adapters(adapters, progress=progress)

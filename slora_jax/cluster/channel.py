@@ -25,7 +25,7 @@ _PIECE_BYTES = 1 << 20  # memory is taken as bytes arrive, not as a length promi
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
-class ClusterError(ConnectionError):
+class ClusterError(Exception):
     """A process of the cluster is missing or gone, or what came is not what it sent."""
 
 

@@ -122,7 +122,7 @@ class _Gathering:
                     self._channels[admitted.process_id] = admitted.channel
                     return
             admitted.channel.close()
-        except OSError as error:
+        except (ClusterError, OSError) as error:
             refusal = str(error)
         finally:
             with self._lock:
@@ -176,8 +176,6 @@ def reach(
             refusals += 1
             if refusals == _MOST_REFUSALS:
                 raise ClusterError(f"can't join process 0 at {address}: {error}") from error
-        except ClusterError:
-            raise
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ClusterError(

@@ -143,5 +143,5 @@ def understand[T](decode: Callable[[bytes], T], data: bytes) -> T:
     """
     try:
         return decode(data)
-    except msgspec.DecodeError as error:  # a ValidationError too
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ClusterError(f"it said what is not understood: {error}") from error

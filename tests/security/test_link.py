@@ -343,6 +343,10 @@ def packed(*values: object) -> bytes:
 
 @given(st.binary(max_size=200))
 @example(packed("Read", 1, b"x"))
+@example(b"\x93\xa4Read\x01\xa1\xff")  # no UTF-8
+@example(b"\x92\xa4Drop" + b"\x91" * 100_000)
+@example(b"\xdd\xff\xff\xff\xff\xa4Drop")  # 2^32 - 1 items
+@example(b"\x91\xdb\xff\xff\xff\xffRead")
 @example(packed("Drop", [2**70 % 2**64]))
 @example(packed("Enter", {"adapter_id": "x", "adapter_slot": 0}, 1))
 def test_random_bytes_are_messages_or_refused(data):
