@@ -4,17 +4,21 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Protocol
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from server.errors import HttpError, Unavailable, as_http_error
 from server.frontend import FrontEnd
 from server.generation import Generation
 from server.logs import RequestRecord
+from server.writing import is_large, write
 from slora_jax.core import RequestOutput
 from slora_jax.openai.chat import ChatCompletionRequest
 from slora_jax.openai.completions import CompletionRequest
@@ -24,18 +28,14 @@ _LAST_EVENT_S = 1.0  # in which a client reads the event that says that its time
 _CLIENT_GONE = 499  # for the log only: there is nobody to read it
 
 
-class _Body(Protocol):
-    def to_json(self) -> str: ...
-
-
 class Reply(Protocol):
     """Writes the response to one request: see `CompletionReply` and `ChatReply`."""
 
-    def response(self, outputs: Sequence[RequestOutput]) -> _Body: ...
+    def response(self, outputs: Sequence[RequestOutput]) -> BaseModel: ...
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[_Body]: ...
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[BaseModel]: ...
 
-    def usage_chunk(self) -> _Body: ...
+    def usage_chunk(self) -> BaseModel: ...
 
 
 class _ClientGone(Exception):
@@ -109,51 +109,67 @@ async def answer(
     with ExitStack() as held:
         held.enter_context(front.answering())
         try:
-            generation = await _while_connected(
-                http.receive, deadline.keep(front.submit(request, record.arrival))
-            )
+            submitting = front.submit(request, record.arrival, http.state.tenant, held)
+            generation = await _while_connected(http.receive, deadline.keep(submitting))
             held.callback(record.count, generation)
-            held.callback(front.abort, generation)
             if not request.stream:
                 waiting = deadline.keep(generation.wait())
                 outputs = await _while_connected(http.receive, waiting)
                 _check(outputs)
-                return Response(reply.response(outputs).to_json(), media_type="application/json")
-            waiting = deadline.keep(_next_events(generation, reply))
+                threads = front.threads if is_large(outputs, whole=True) else None
+                content = await write(lambda: [reply.response(outputs)], threads)
+                return Response(content, media_type="application/json")
+            events = _Events(generation, reply, front.threads)
+            waiting = deadline.keep(events.next())
             first = await _while_connected(http.receive, waiting)
         except _ClientGone:
             return Response(status_code=_CLIENT_GONE)
-        events = _events(generation, reply, request.includes_usage, first, deadline)
-        return _EventStream(events, held.pop_all(), deadline)
+        stream = events.all(first, request.includes_usage, deadline)
+        return _EventStream(stream, held.pop_all(), deadline)
 
 
-async def _events(
-    generation: Generation,
-    reply: Reply,
-    includes_usage: bool,
-    first: bytes,
-    deadline: _Deadline,
-) -> AsyncIterator[bytes]:
-    try:
-        yield first
-        while not generation.exhausted:  # more may have come while the client was slow to read
-            yield await deadline.keep(_next_events(generation, reply))
-        if includes_usage:
-            yield _encoded([reply.usage_chunk()])
-    except HttpError as error:
-        yield _encoded([error.body()])
-    yield b"data: [DONE]\n\n"
+class _Events:
+    """A stream's events, as bytes."""
+
+    def __init__(self, generation: Generation, reply: Reply, threads: Executor) -> None:
+        self._generation = generation
+        self._reply = reply
+        self._threads = threads
+
+    async def all(
+        self, first: bytes, includes_usage: bool, deadline: _Deadline
+    ) -> AsyncIterator[bytes]:
+        """Those that `next` gave, and all that follow until the end."""
+        try:
+            yield first
+            while not self._generation.exhausted:  # more may have come to a client that is slow
+                yield await deadline.keep(self.next())
+            if includes_usage:
+                yield await self._written([self._reply.usage_chunk()])
+        except HttpError as error:
+            yield await self._written([error.body()])
+        yield b"data: [DONE]\n\n"
+
+    async def next(self) -> bytes:
+        """Waits for something new."""
+        pieces = await self._generation.next()
+        _check(output for _, output in pieces)
+        threads = None
+        if is_large((output for _, output in pieces), whole=False):
+            threads = self._threads
+            pieces = [(index, _as_it_is(output)) for index, output in pieces]
+        return await self._written(
+            (chunk for piece in pieces for chunk in self._reply.chunks(*piece)), threads
+        )
+
+    async def _written(self, bodies: Iterable[BaseModel], threads: Executor | None = None) -> bytes:
+        return await write(lambda: bodies, threads, (b"data: ", b"\n\n"))
 
 
-async def _next_events(generation: Generation, reply: Reply) -> bytes:
-    """Waits for something new, as events: written at once, as the outputs go on growing."""
-    pieces = await generation.next()
-    _check(output for _, output in pieces)
-    return _encoded(chunk for piece in pieces for chunk in reply.chunks(*piece))
-
-
-def _encoded(bodies: Iterable[_Body]) -> bytes:
-    return "".join(f"data: {body.to_json()}\n\n" for body in bodies).encode()
+def _as_it_is(output: RequestOutput) -> RequestOutput:
+    """A copy that does not grow while a thread reads it."""
+    logprobs = None if output.logprobs is None else [*output.logprobs]
+    return replace(output, token_ids=[*output.token_ids], logprobs=logprobs)
 
 
 def _check(outputs: Iterable[RequestOutput]) -> None:

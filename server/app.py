@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from server.errors import HttpError, Invalid, as_http_error
+from server.bodies import BodyLimit
+from server.errors import HttpError, Invalid, as_http_error, error_response
 from server.frontend import FrontEnd
-from server.middleware import ApiKeys, BodyLimit, RequestLog, as_error, error_response
+from server.middleware import ApiKeys, RequestLog, as_error
 from server.routes import completions, models, operations
 from slora_jax import __version__
 from slora_jax.core import RequestError
@@ -50,8 +51,8 @@ def make_app(front: FrontEnd) -> FastAPI:
         redoc_url=None,
         middleware=[
             Middleware(RequestLog),
-            Middleware(ApiKeys, keys=front.config.api_keys),
-            Middleware(BodyLimit, most_bytes=front.config.max_body_bytes),
+            Middleware(ApiKeys, keys=front.config.api_keys, admin_keys=front.config.admin_api_keys),
+            Middleware(BodyLimit, limits=front.config),
         ],
     )
     app.state.front = front

@@ -3,10 +3,14 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
+import resource
 import socket
+import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +21,9 @@ from server.app import make_app
 from server.config import ServerConfig
 from server.engine_client import State
 from server.frontend import FrontEnd
-from server.logs import log_as_json
+from server.http_protocol import BoundedHttp, Connections
+from server.limits import Limits
+from server.logs import log_as_json, logger
 from slora_jax.cli import CommandError
 from slora_jax.cli.options import (
     add_cluster_arguments,
@@ -41,16 +47,36 @@ _DEMO_OPTIONS = {  # small and quick to compile
     "max_loras": 16,
 }
 _API_KEY_VARIABLE = "SLORA_API_KEY"
+_ADMIN_KEY_VARIABLE = "SLORA_ADMIN_API_KEY"
+_SWITCH_S = 0.001  # that the event loop waits for a thread that is busy; Python's default is 5 ms
+_SPARE_FILES = 256  # descriptors beside those of connections
 
 _HELP = {
     "allow_runtime_lora_updating": "serve /v1/load_lora_adapter and /v1/unload_lora_adapter",
     "lora_roots": "directories that adapters may be loaded from at run time, beside --lora-dir",
-    "max_body_mib": "MiB of a request's body",
-    "max_queued_requests": "choices that may wait for a place in the batch; then there is a 429",
-    "request_timeout_s": "seconds from a request's arrival to its end (default: no limit)",
     "shutdown_timeout_s": "seconds that requests in progress have to end after SIGTERM",
     "restart": "start the engine again when it dies",
     "enable_log_requests": "log prompts and parameters",
+}
+_LIMITS_HELP = {
+    "max_connections": "open connections; more close those that wait, or get a 503",
+    "max_header_kib": "KiB of a request's headers, else 431",
+    "max_headers": "headers of a request, else 431",
+    "header_timeout_s": "seconds in which headers must arrive, else 408",
+    "body_timeout_s": "seconds in which a body must arrive, else 408",
+    "send_timeout_s": "seconds that a client may read nothing before it is disconnected",
+    "max_body_mib": "MiB of a request's body, else 413",
+    "max_bodies_mib": "MiB of all bodies of requests in progress, else 429",
+    "max_body_values": "keys and values in a body, each token id included, else 400",
+    "max_prompts": "prompts of a request, else 400",
+    "max_stop_strings": "stop strings of a request, else 400",
+    "max_stop_chars": "characters of a stop string, else 400",
+    "max_stop_token_ids": "stop token ids of a request, else 400",
+    "max_queued_requests": "choices that may wait for a place in the batch, else 429",
+    "max_tenant_requests": "choices in progress of one API key or adapter, else 429",
+    "tenant_requests_per_minute": "requests of one API key or adapter, else 429",
+    "tenant_tokens_per_minute": "tokens of prompts and outputs of one API key or adapter, else 429",
+    "request_timeout_s": "seconds from a request's arrival to its end, else 503",
 }
 
 
@@ -68,6 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"clients must send one of them (default: the variable {_API_KEY_VARIABLE})",
     )
+    group.add_argument(
+        "--admin-api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="those that load and unload adapters must send one of them "
+        f"(default: the variable {_ADMIN_KEY_VARIABLE})",
+    )
     defaults = {field.name: field.default for field in fields(ServerConfig)}
     for name, text in _HELP.items():
         flag, default = f"--{name.replace('_', '-')}", defaults[name]
@@ -83,10 +117,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-lora", action="store_true", help="accepted for vLLM's sake: it always is"
     )
+    _add_limits(parser)
     add_model_arguments(parser, required=False)
     add_engine_arguments(parser)
     add_cluster_arguments(parser)
     parser.set_defaults(max_loras=None)  # whether it was given is what gateways hear of
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits of what clients may cost")
+    for field in fields(Limits):
+        kind = int if field.type in (int, int | None) else float
+        shown = "none" if field.default is None else "%(default)s"
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            metavar="N",
+            help=f"{_LIMITS_HELP[field.name]} (default: {shown})",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,12 +162,31 @@ def run(args: argparse.Namespace) -> int:
         front = FrontEnd(config, options, cluster, progress=progress, quiet=args.quiet)
     except (ValueError, TokenizerError) as error:
         raise CommandError(str(error)) from error
+    sys.setswitchinterval(_SWITCH_S)
+    gc.freeze()  # nothing of the libraries is garbage: looking through them takes a while
     with _listen(args.host, args.port) as listening:  # before anything is loaded
         server = _Server(args, front)
         server.run([listening])
     if front.client.ready is None and front.client.state is State.DEAD and not server.told:
         raise CommandError(str(front.client.failure))
     return 0
+
+
+def _connections(most: int) -> int:
+    """How many connections there may be, with as many file descriptors as this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + _SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    allowed = max(wanted - _SPARE_FILES, 1)
+    if allowed < most:
+        logger.warning(
+            "fewer connections than --max-connections: the limit of open files is too low",
+            extra={"connections": allowed, "files": wanted},
+        )
+    return allowed
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -145,7 +213,9 @@ def _fill_in_demo(args: argparse.Namespace) -> None:
 def _server_config(args: argparse.Namespace, max_loras: int | None) -> ServerConfig:
     """Raises ValueError if a value is out of its range."""
     keys = args.api_key or os.environ.get(_API_KEY_VARIABLE, "").split()
-    given = {name: getattr(args, name) for name in _HELP if name != "lora_roots"}
+    admin_keys = args.admin_api_key or os.environ.get(_ADMIN_KEY_VARIABLE, "").split()
+    named = (*_HELP, *(field.name for field in fields(Limits)))
+    given = {name: getattr(args, name) for name in named if name != "lora_roots"}
     check_adapter_names(args)
     return ServerConfig(
         **given,
@@ -156,6 +226,7 @@ def _server_config(args: argparse.Namespace, max_loras: int | None) -> ServerCon
         lora_roots=tuple(args.lora_roots),
         max_loras=max_loras,
         api_keys=tuple(keys),
+        admin_api_keys=tuple(admin_keys),
     )
 
 
@@ -168,9 +239,16 @@ class _Server(uvicorn.Server):
     """Drains before it stops: `/health` goes on saying so meanwhile."""
 
     def __init__(self, args: argparse.Namespace, front: FrontEnd) -> None:
+        http = partial(
+            BoundedHttp,
+            limits=front.config,
+            connections=Connections(_connections(front.config.max_connections)),
+        )
         super().__init__(
             uvicorn.Config(
                 make_app(front),
+                http=http,  # type: ignore[arg-type]  # it makes a protocol for each connection
+                ws="none",
                 host=args.host,
                 port=args.port,
                 log_config=None,

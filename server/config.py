@@ -4,9 +4,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.limits import Limits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(Limits):
     """Names are vLLM's where it has one.
 
     Attributes:
@@ -18,9 +20,7 @@ class ServerConfig:
         lora_roots: directories that adapters may be loaded from at run time, beside `lora_dir`.
         max_loras: as given by the user; None: the engine's default.
         api_keys: one of them must be sent as a bearer token; empty: none is asked for.
-        max_body_mib: MiB of a request's body.
-        max_queued_requests: choices that may wait for a place in the batch.
-        request_timeout_s: seconds from a request's arrival to its end; None: no limit.
+        admin_api_keys: one of them must be sent to load and unload adapters.
         shutdown_timeout_s: seconds that requests in progress have to end after SIGTERM.
         restart: start the engine again when it dies.
         enable_log_requests: log prompts and parameters.
@@ -34,22 +34,23 @@ class ServerConfig:
     lora_roots: tuple[Path, ...] = ()
     max_loras: int | None = None
     api_keys: tuple[str, ...] = ()
-    max_body_mib: float = 16.0
-    max_queued_requests: int = 2048
-    request_timeout_s: float | None = None
+    admin_api_keys: tuple[str, ...] = ()
     shutdown_timeout_s: float = 30.0
     restart: bool = False
     enable_log_requests: bool = False
 
     def __post_init__(self) -> None:
+        Limits.__post_init__(self)  # super() knows no classes with slots
         checks = {
             "served_model_names": (bool(self.served_model_names), "at least one name"),
             "api_keys": (all(self.api_keys), "non-empty strings"),
-            "max_body_mib": (self.max_body_mib > 0, "above 0"),
-            "max_queued_requests": (self.max_queued_requests >= 0, "at least 0"),
-            "request_timeout_s": (
-                self.request_timeout_s is None or self.request_timeout_s > 0,
-                "above 0",
+            "admin_api_keys": (
+                all(self.admin_api_keys)
+                and bool(
+                    self.admin_api_keys or not (self.api_keys and self.allow_runtime_lora_updating)
+                ),
+                "given with api_keys and allow_runtime_lora_updating, or each client could replace "
+                "the adapters of all: name the key that may, an API key if any client may",
             ),
             "shutdown_timeout_s": (self.shutdown_timeout_s >= 0, "at least 0"),
             "lora_roots": (
@@ -68,10 +69,6 @@ class ServerConfig:
     @property
     def base_name(self) -> str:
         return self.served_model_names[0]
-
-    @property
-    def max_body_bytes(self) -> int:
-        return int(self.max_body_mib * 2**20)
 
     @property
     def adapter_roots(self) -> tuple[Path, ...]:

@@ -27,6 +27,7 @@ from server.messages import (
     Launch,
     LoadAdapter,
     Outputs,
+    PromptLogprobs,
     Ready,
     Refused,
     Report,
@@ -181,6 +182,7 @@ class EngineClient:
             if isinstance(message, Failed):
                 return message.message
             self._handle(message)
+            await asyncio.sleep(0)  # where many have come, others get their turn between them
 
     def _handle(self, message: FromEngine) -> None:
         match message:
@@ -195,6 +197,10 @@ class EngineClient:
                     self._listener.delta(generation, index, len(delta.tokens), now)
                     if delta.finish_reason is not None:
                         del self._running[delta.id]
+            case PromptLogprobs():
+                if message.id in self._running:
+                    generation, index = self._running[message.id]
+                    generation.add_prompt_logprobs(index, message.positions)
             case Refused():
                 if message.id in self._running:
                     generation, _ = self._running[message.id]
@@ -269,7 +275,8 @@ class EngineClient:
         self,
         prompts: Sequence[list[int]],
         adapters: Sequence[str | None],
-        params: Sequence[SamplingParams],
+        params: SamplingParams,
+        n: int,
         *,
         priority: int,
         arrival: float,
@@ -279,7 +286,8 @@ class EngineClient:
         Args:
             prompts: their token ids.
             adapters: of each prompt.
-            params: of each choice of a prompt, the same for all prompts.
+            params: of each prompt's first choice; see `SamplingParams.of_choice`.
+            n: choices of each prompt.
             priority: lower goes first, under the policy "priority".
             arrival: when the request came, on the monotonic clock.
 
@@ -288,7 +296,7 @@ class EngineClient:
         """
         self.check_ready()
         asked = [
-            Generate([f"{next(self._ids):x}" for _ in params], prompt, [*params], adapter, priority)
+            Generate([f"{next(self._ids):x}" for _ in range(n)], prompt, params, adapter, priority)
             for prompt, adapter in zip(prompts, adapters, strict=True)
         ]
         choices = [(name, one) for one in asked for name in one.ids]

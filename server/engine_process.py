@@ -28,6 +28,7 @@ from server.messages import (
     Launch,
     LoadAdapter,
     Outputs,
+    PromptLogprobs,
     Ready,
     Refused,
     Report,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 _REPORT_BUSY_S = 0.2
 _REPORT_IDLE_S = 1.0
 _LINGER_MS = 1000  # for the last words
+_PROMPT_PART = 256  # positions
+_RECEIVE_S = 0.01  # in which messages are taken between two steps
 _CALL_POLL_MS = 5  # while adapters are being loaded and no step runs
 
 logger = logging.getLogger("slora_jax.server")
@@ -73,19 +76,24 @@ class EngineProcess:
         while self._running:
             self._receive()
             outputs = self._engine.step() if self._engine.has_unfinished else []
+            for output in outputs:
+                self._send_prompt_logprobs(output)
             if outputs:
                 self._send(Outputs([_delta(output) for output in outputs]))
             self._finish_calls()
             self._report()
 
     def _receive(self) -> None:
-        """Takes all messages that are there; waits for one if there is nothing else to do."""
+        """Takes messages for a while; waits for one if there is nothing else to do."""
         timeout = 0 if self._engine.has_unfinished else 1000 * _REPORT_IDLE_S
         if self._calls:
             timeout = min(timeout, _CALL_POLL_MS)
+        until = None
         while self._running and self._socket.poll(int(timeout)):
             self._handle(decode_to_engine(self._socket.recv()))
-            timeout = 0
+            timeout, until = 0, until or time.monotonic() + _RECEIVE_S
+            if time.monotonic() > until:
+                return  # one client's thousand prompts wait for the others' next tokens
 
     def _handle(self, message: ToEngine) -> None:
         match message:
@@ -102,11 +110,11 @@ class EngineProcess:
                 self._running = False
 
     def _add_request(self, asked: Generate) -> None:
-        for request_id, params in zip(asked.ids, asked.params, strict=True):
+        for choice, request_id in enumerate(asked.ids):
             try:
                 self._engine.add_request(
                     asked.prompt,
-                    params,
+                    asked.params.of_choice(choice),
                     adapter=asked.adapter,
                     request_id=request_id,
                     priority=asked.priority,
@@ -150,19 +158,24 @@ class EngineProcess:
             self._reported = now
             self._send(Report(self._engine.stats()))
 
+    def _send_prompt_logprobs(self, output: RequestOutput) -> None:
+        """In parts before the first token: the front end takes in each of them in a moment."""
+        if output.prompt_logprobs is None or not _is_first(output):
+            return
+        for start in range(0, len(output.prompt_logprobs), _PROMPT_PART):
+            part = output.prompt_logprobs[start : start + _PROMPT_PART]
+            positions = [None if one is None else dict(one) for one in part]
+            self._send(PromptLogprobs(output.request_id, positions))
+
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))
 
 
 def _delta(output: RequestOutput) -> Delta:
     count = len(output.new_token_ids)
-    first = len(output.token_ids) == count
     logprobs = None
     if output.logprobs is not None:
         logprobs = [dict(position) for position in output.logprobs[len(output.logprobs) - count :]]
-    prompt_logprobs = None
-    if first and output.prompt_logprobs is not None:
-        prompt_logprobs = [one if one is None else dict(one) for one in output.prompt_logprobs]
     return Delta(
         output.request_id,
         output.new_token_ids,
@@ -170,9 +183,13 @@ def _delta(output: RequestOutput) -> Delta:
         output.finish_reason,
         output.stop_reason,
         logprobs,
-        prompt_logprobs,
-        output.queue_seconds if first else None,
+        output.queue_seconds if _is_first(output) else None,
     )
+
+
+def _is_first(output: RequestOutput) -> bool:
+    """Whether nothing of the request had come before."""
+    return len(output.token_ids) == len(output.new_token_ids)
 
 
 def main() -> int:

@@ -3,6 +3,8 @@
 
 from collections.abc import Mapping
 
+from starlette.responses import JSONResponse
+
 from slora_jax.core import RequestError
 from slora_jax.openai.errors import ErrorInfo, ErrorResponse
 
@@ -52,7 +54,7 @@ class Unauthorized(HttpError):
 
 
 class Forbidden(HttpError):
-    """The server was started without this."""
+    """The server was started without this, or another key may do it."""
 
     status, kind = 403, "PermissionDeniedError"
 
@@ -64,7 +66,7 @@ class NotFound(HttpError):
 
 
 class TooSlow(HttpError):
-    """The body did not arrive in time."""
+    """The headers or the body did not arrive in time."""
 
     status, kind = 408, "RequestTimeoutError"
 
@@ -75,8 +77,14 @@ class TooLarge(HttpError):
     status, kind = 413, "RequestTooLargeError"
 
 
+class HeadersTooLarge(HttpError):
+    """The headers are larger or more than the server takes."""
+
+    status, kind = 431, "RequestHeaderFieldsTooLargeError"
+
+
 class TooManyRequests(HttpError):
-    """The queue is full."""
+    """The queue is full, a tenant has used its share or its quota, or bodies take all the room."""
 
     status, kind = 429, "RateLimitError"
 
@@ -85,6 +93,11 @@ class Unavailable(HttpError):
     """The engine is loading, dead or draining, or was too slow."""
 
     status, kind = 503, "ServiceUnavailableError"
+
+
+def error_response(error: HttpError) -> JSONResponse:
+    """The answer itself."""
+    return JSONResponse(error.body().model_dump(), error.status, dict(error.headers))
 
 
 def as_http_error(error: RequestError) -> HttpError:

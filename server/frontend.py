@@ -3,16 +3,17 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from server.admission import Admission
 from server.catalog import AdapterCatalog
 from server.config import ServerConfig
 from server.engine_client import EngineClient
-from server.errors import Invalid, TooManyRequests, Unavailable, as_http_error
+from server.errors import Unavailable, as_http_error
 from server.generation import Generation
 from server.messages import Launch, Ready
 from server.metrics import Metrics
@@ -25,8 +26,6 @@ from slora_jax.openai.selection import find_adapters
 from slora_jax.openai.tokens import TokenTexts
 from slora_jax.stats import EngineStats
 from slora_jax.tokenizer import load_tokenizer
-
-_LONGEST_RETRY_S = 60
 
 logger = logging.getLogger("slora_jax.server")
 
@@ -63,13 +62,15 @@ class FrontEnd:
         self._quiet = quiet
         tokenizer = load_tokenizer(config.model)
         self.texts = TokenTexts(tokenizer)
-        self.prompts = PromptEncoder(tokenizer)
+        # Two: one slow request does not hold up another, and there is one lock for all Python.
+        self.threads = ThreadPoolExecutor(2, "slow")
+        self.prompts = PromptEncoder(tokenizer, self.threads)
         self.metrics = Metrics(config.base_name, config.max_loras)
         self.client = EngineClient(self._launch, self, restart=config.restart, module=engine_module)
         self.catalog = AdapterCatalog(config, self.client)
         self.metrics.watch(self.client)
+        self.admission = Admission(config, lambda: self.metrics.requests_per_second)
         self.draining = False
-        self._admitting = 0  # choices on their way to the engine
         self._open = 0  # requests that are being answered
 
     # The engine's life
@@ -125,38 +126,46 @@ class FrontEnd:
     # Requests
 
     async def submit(
-        self, request: CompletionRequest | ChatCompletionRequest, arrival: float
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        arrival: float,
+        key: str | None,
+        held: ExitStack,
     ) -> Generation:
         """Has the engine work on `n` choices for each prompt.
 
         Args:
             request: what was asked.
             arrival: when it came, on the monotonic clock.
+            key: the client's, in a form that may be shown; None: no keys are asked for.
+            held: until it is closed, the request has a place.
 
         Raises:
             HttpError: it can't be served, or not now.
         """
         ready = self._check_open()
-        count = request.num_prompts * request.n
-        self._check_queue(count, ready)
-        self._admitting += count
+        self.config.check(request)
         try:
-            params = [request.sampling_params(choice) for choice in range(request.n)]
-            base = self.config.served_model_names
-            adapters = find_adapters(request, base, self.catalog)
+            adapters = find_adapters(request, self.config.served_model_names, self.catalog)
+            tenant = key or next(filter(None, adapters), self.config.base_name)
+            count = request.num_prompts * request.n
+            admission = self.admission
+            place = held.enter_context(admission.place(tenant, count, ready.max_num_seqs))
+            params = request.sampling_params()
             await self.catalog.ensure_loaded(adapters)
+            place.check()
             prompts = await self.prompts.prompts_of(request, ready.max_model_len)
-            return self.client.generate(
-                prompts,
-                adapters,
-                params,
-                priority=request.priority,
-                arrival=arrival,
-            )
+            place.check()
         except RequestError as error:
             raise as_http_error(error) from error
-        finally:
-            self._admitting -= count
+        admission.charge(tenant, sum(map(len, prompts)))
+        generation = self.client.generate(
+            prompts, adapters, params, request.n, priority=request.priority, arrival=arrival
+        )
+        place.begin(generation)
+        held.callback(self.abort, generation)
+        held.callback(lambda: admission.charge(tenant, generation.num_tokens))
+        return generation
 
     def abort(self, generation: Generation) -> None:
         """Has the engine forget what is not finished: nobody waits for it any more."""
@@ -170,25 +179,3 @@ class FrontEnd:
         if self.draining:
             raise Unavailable("the server is shutting down", retry_after=10)
         return self.client.check_ready()
-
-    def _check_queue(self, count: int, ready: Ready) -> None:
-        room = ready.max_num_seqs + self.config.max_queued_requests
-        if count > room:
-            raise Invalid(
-                f"the request has {count} choices, the server takes {room} in all: send fewer "
-                "prompts at a time, or lower n",
-                "n",
-            )
-        there = self.client.num_running + self._admitting
-        if there + count > room:
-            raise TooManyRequests(
-                f"{there} choices are in progress or wait, and {room} is the most: try again "
-                "later, or start the server with a larger --max-queued-requests",
-                retry_after=self._retry_after(there),
-            )
-
-    def _retry_after(self, waiting: int) -> int:
-        """Seconds until half of those who wait will be done, at the rate at which others end."""
-        rate = self.metrics.requests_per_second
-        seconds = waiting / 2 / rate if rate else 1.0
-        return max(1, min(math.ceil(seconds), _LONGEST_RETRY_S))

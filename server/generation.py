@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from server.errors import HttpError
 from server.messages import Delta
-from slora_jax.core import RequestOutput
+from slora_jax.core import PositionLogprobs, RequestOutput
 
 
 @dataclass(slots=True)
@@ -61,6 +61,21 @@ class Generation:
         return self._unfinished == 0
 
     @property
+    def num_unfinished(self) -> int:
+        """Choices that the engine still works on."""
+        return 0 if self.failed else self._unfinished
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have come."""
+        return sum(len(choice.output.token_ids) for choice in self.choices)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something has come."""
+        return any(c.output.token_ids or c.output.finished for c in self.choices)
+
+    @property
     def exhausted(self) -> bool:
         """Whether everything has come and has been taken."""
         return self.finished and not self._fresh
@@ -84,8 +99,6 @@ class Generation:
         if delta.logprobs is not None:
             output.logprobs = output.logprobs or []
             output.logprobs += delta.logprobs
-        if delta.prompt_logprobs is not None:
-            output.prompt_logprobs = list(delta.prompt_logprobs)
         if delta.queue_seconds is not None:
             output.queue_seconds = delta.queue_seconds
         if delta.finish_reason is not None:
@@ -93,6 +106,12 @@ class Generation:
             self._unfinished -= 1
         self._fresh[index] = None
         self._news.set()
+
+    def add_prompt_logprobs(self, index: int, positions: Sequence[PositionLogprobs | None]) -> None:
+        """Takes the next ones of the prompt of the choice `index`."""
+        output = self.choices[index].output
+        output.prompt_logprobs = output.prompt_logprobs or []
+        output.prompt_logprobs += positions
 
     def fail(self, error: HttpError) -> None:
         """Ends it with an error, for whoever waits."""
@@ -102,7 +121,7 @@ class Generation:
     async def next(self) -> list[tuple[int, RequestOutput]]:
         """Waits for something new and takes it: choices, and what they have now.
 
-        These outputs go on growing: read them before anything else is awaited.
+        These outputs go on growing: read them, or take a copy, before anything else is awaited.
 
         Raises:
             HttpError: why nothing more will come, once all that has come is taken.

@@ -44,11 +44,11 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
-    """A prompt, with the id and the parameters of each of its choices."""
+    """A prompt, with the ids of its choices and the parameters of the first one."""
 
     ids: list[str]
     prompt: list[int]
-    params: list[SamplingParams]
+    params: SamplingParams
     adapter: str | None
     priority: int
 
@@ -112,8 +112,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """The next log-probabilities of a choice's prompt, a part of them. All precede its tokens."""
+
+    id: str
+    positions: list[dict[int, Logprob] | None]
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """What one step added to one choice. `queue_seconds` and the prompt's come with the first."""
+    """What one step added to one choice. `queue_seconds` comes with the first."""
 
     id: str
     tokens: list[int]
@@ -121,7 +128,6 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     logprobs: list[dict[int, Logprob]] | None
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
     queue_seconds: float | None
 
 
@@ -152,7 +158,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-type FromEngine = Ready | Failed | Outputs | Refused | Done | Report
+type FromEngine = Ready | Failed | PromptLogprobs | Outputs | Refused | Done | Report
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine.__value__).decode

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to every request before and after its route: an id and a log line, keys, limits.
+"""What happens to every request before and after its route: an id, a log line, API keys.
 
 Plain ASGI: Starlette's `BaseHTTPMiddleware` would hide disconnects from the routes.
 """
 
-import asyncio
 import hashlib
 import hmac
 import re
@@ -14,21 +13,20 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import HttpError, TooLarge, TooSlow, Unauthorized
+from server.bodies import BodyRefused
+from server.errors import Forbidden, HttpError, Unauthorized, error_response
 from server.logs import RequestRecord, logger
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
-_BODY_S = 60.0  # in which a body is to arrive
-_OPEN_PATHS = ("/", "/health", "/ping", "/metrics", "/version", "/openapi.json")
+_PROBES = ("/health", "/health/live", "/health/ready", "/ping")
+_OPEN_PATHS = ("/", *_PROBES, "/metrics", "/version", "/openapi.json")
 _OPEN_FOLDER = "/static/"
-_QUIET_PATHS = ("/health", "/ping", "/metrics", "/status")  # asked for all the time
-
-
-def error_response(error: HttpError) -> JSONResponse:
-    return JSONResponse(error.body().model_dump(), error.status, dict(error.headers))
+_ADMIN_PATHS = tuple(
+    f"{version}/{verb}_lora_adapter" for version in ("", "/v1") for verb in ("load", "unload")
+)
+_QUIET_PATHS = (*_PROBES, "/metrics", "/status")  # asked for all the time
 
 
 class RequestLog:
@@ -44,7 +42,7 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         record = RequestRecord(request_id, time.monotonic())
-        scope.setdefault("state", {})["record"] = record
+        scope.setdefault("state", {}).update(record=record, tenant=None)
         status, begun = 500, False
 
         async def send_with_id(message: Message) -> None:
@@ -70,90 +68,55 @@ class RequestLog:
 class ApiKeys:
     """Asks for a bearer token, but where probes, scrapers and the page come.
 
+    The request's tenant is its key: `scope["state"]["tenant"]`, None where no key is asked for.
+
     Args:
         app: what is behind it.
-        keys: those that are good; empty: nobody is asked.
+        keys: those that are good; empty: no key is asked for.
+        admin_keys: those that may load and unload adapters, and all else; empty: as `keys`.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._admins = [_digest(key) for key in admin_keys]
+        self._clients = [*map(_digest, keys), *self._admins] if keys else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._may_pass(scope):
-            error = Unauthorized("send one of the server's API keys: Authorization: Bearer KEY")
-            await error_response(error)(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            error = self._check(scope)
+            if error is not None:
+                await error_response(error)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
-    def _may_pass(self, scope: Scope) -> bool:
+    def _check(self, scope: Scope) -> HttpError | None:
         path: str = scope["path"]
-        if not self._digests or path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
-            return True
+        is_open = path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+        needed = self._admins if self._admins and path in _ADMIN_PATHS else self._clients
+        if is_open or not needed:
+            return None
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = _digest(key.strip())
-        # All are compared, each in constant time: how long it takes tells nothing about a key.
-        equal = [hmac.compare_digest(digest, good) for good in self._digests]
-        return kind.lower() == "bearer" and any(equal)
+        digest = _digest(key.strip()) if kind.lower() == "bearer" else b""
+        if _is_among(digest, needed):
+            scope["state"]["tenant"] = f"key {digest.hex()[:8]}"
+            return None
+        if _is_among(digest, self._clients):
+            return Forbidden("this needs one of the server's --admin-api-key")
+        return Unauthorized("send one of the server's API keys: Authorization: Bearer KEY")
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-class BodyLimit:
-    """Ends requests whose body is too large or too slow.
-
-    Args:
-        app: what is behind it.
-        most_bytes: of a body.
-    """
-
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self._app = app
-        self._most_bytes = most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        too_large = TooLarge(f"a body may have {self._most_bytes} bytes (--max-body-mib)")
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._most_bytes:
-            await error_response(too_large)(scope, receive, send)
-            return
-        until = time.monotonic() + _BODY_S
-        size, more = 0, True
-
-        async def receive_some() -> Message:
-            nonlocal size, more
-            if not more:
-                return await receive()
-            try:
-                async with asyncio.timeout(until - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                raise _Signal(TooSlow(f"the body took longer than {_BODY_S:g} s")) from None
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            if size > self._most_bytes:
-                raise _Signal(too_large)
-            return message
-
-        await self._app(scope, receive_some, send)
-
-
-class _Signal(HTTPException):
-    """The exception that FastAPI lets through while it reads a body."""
-
-    def __init__(self, error: HttpError) -> None:
-        super().__init__(error.status, str(error))
-        self.error = error
+def _is_among(digest: bytes, good: Sequence[bytes]) -> bool:
+    # All are compared, each in constant time: how long it takes tells nothing about a key.
+    return any([hmac.compare_digest(digest, one) for one in good])
 
 
 def as_error(exception: HTTPException) -> HttpError:
-    """Of Starlette's exceptions: no such route, no such method, and those raised here."""
-    if isinstance(exception, _Signal):
+    """Of Starlette's exceptions: no such route, no such method, a body that is not taken."""
+    if isinstance(exception, BodyRefused):
         return exception.error
     error = HttpError(str(exception.detail))
     error.status = exception.status_code

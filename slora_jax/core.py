@@ -6,7 +6,7 @@ Plain Python over plain data: the scheduler and its tests run on this without JA
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 FROM_DEVICE = -1  # a token id that the host doesn't know yet: the slot's last sampled token
@@ -42,11 +42,16 @@ class RequestError(ValueError):
 def check_prompt_length(length: int, max_model_len: int) -> None:
     """Raises RequestError unless there is room for a prompt of so many tokens and one of output."""
     if length >= max_model_len:
-        raise RequestError(
-            f"the prompt has {length} tokens; with at least one token of output that is more than "
-            f"max_model_len {max_model_len}",
-            "prompt",
-        )
+        raise prompt_too_long(str(length), max_model_len)
+
+
+def prompt_too_long(length: str, max_model_len: int) -> RequestError:
+    """The error of a prompt whose number of tokens is `length`, in words perhaps."""
+    return RequestError(
+        f"the prompt has {length} tokens; with at least one token of output that is more than "
+        f"max_model_len {max_model_len}",
+        "prompt",
+    )
 
 
 class OverloadedError(RequestError):
@@ -140,6 +145,12 @@ class SamplingParams:
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise RequestError(f"{name} must be a number, got {value!r}", name)
 
+    def of_choice(self, choice: int) -> "SamplingParams":
+        """Of the `choice`-th answer to a prompt: with a seed, `seed + choice`, as in vLLM."""
+        if self.seed is None or choice == 0:
+            return self
+        return replace(self, seed=self.seed + choice)
+
     @property
     def greedy(self) -> bool:
         return self.temperature < _GREEDY_EPS
@@ -161,8 +172,7 @@ class FinishReason(enum.StrEnum):
     REJECTED = "rejected"  # by the scheduling policy, HTTP's 503; `stop_reason` says why
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
+class Logprob(NamedTuple):  # there may be a million: the garbage collector looks at no tuple twice
     """One token's log-probability at one position; rank 1 is the most likely token."""
 
     logprob: float

@@ -22,6 +22,8 @@ _CONTEXT_TOKENS = (
     2 * _CHARACTER_TOKENS
 )  # enough to find the start of a character, and then hold one
 _WINDOW_TOKENS = 2 * _CONTEXT_TOKENS
+_PIECE = 16_384  # characters that are tokenized at a time to see how long a text is
+_CUT_TOKENS = 16  # tokens that a cut may add
 
 
 class TokenizerError(ValueError):
@@ -79,22 +81,36 @@ class Tokenizer:
         # verbose: the engine checks the length itself, and says so in its own words.
         return self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
-    def apply_chat_template(
+    def is_longer(self, text: str, most: int) -> bool:
+        """Whether a text certainly has more than `most` tokens.
+
+        It takes no longer than `most` tokens do, however long the text: pieces are tokenized until
+        it is certain. Each cut between two of them may add a few tokens, which do not count.
+        """
+        if len(text) <= max(most, _PIECE):
+            return False
+        found = 0
+        for start in range(0, len(text), _PIECE):
+            piece = self.encode(text[start : start + _PIECE], add_special_tokens=False)
+            found += len(piece) - _CUT_TOKENS
+            if found > most:
+                return True
+        return False
+
+    def chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        add_special_tokens: bool = False,
         variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation.
+    ) -> str:
+        """What the chat template makes of a conversation.
 
         Args:
             messages: the conversation.
             add_generation_prompt: end where the assistant's reply begins.
             continue_final_message: end inside the last message.
-            add_special_tokens: in addition to those that the template writes.
             variables: further ones for the template.
 
         Raises:
@@ -110,16 +126,17 @@ class Tokenizer:
         if taken:
             raise TokenizerError(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}")
         try:
-            text = self._inner.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **variables,
+            return str(
+                self._inner.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **variables,
+                )
             )
         except Exception as error:  # a template is a program: anything may go wrong in it
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
-        return self.encode(str(text), add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""

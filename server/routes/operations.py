@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probes, metrics, and what the page at / shows; text to tokens and back."""
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server.engine_client import State
-from server.errors import Invalid, NotFound, Unavailable
+from server.errors import Invalid, NotFound, Unavailable, as_http_error
 from server.metrics import max_lora
+from server.prompts import Limit
 from server.routes.common import API_KEY, BODY_ERRORS, Front, JsonRoute, documented
+from server.writing import write
 from slora_jax import __version__
+from slora_jax.core import RequestError
 from slora_jax.openai.errors import UnknownModelError
 from slora_jax.openai.selection import find_adapter
 from slora_jax.openai.tokenization import (
@@ -21,17 +26,34 @@ from slora_jax.openai.tokenization import (
 
 router = APIRouter(route_class=JsonRoute, tags=["operations"])
 
+_SILENT = "the engine has said nothing for too long"
+_FEW_TOKENS = 256  # some milliseconds
+_MOST_TOKENS = 65_536  # of a text to tokenize or tokens to show, or as many as a prompt may have
+
 
 @router.get("/health", response_class=Response, responses=documented(503))
+@router.get("/health/ready", response_class=Response, responses=documented(503))
 @router.get("/ping", response_class=Response, responses=documented(503))
-async def health(front: Front) -> Response:
+async def ready(front: Front) -> Response:
     """200 while requests are served; 503 while the engine loads, when it is dead or hangs, and
-    while the server is shutting down."""
+    while the server is shutting down. For readiness and startup probes."""
     if front.draining:
         raise Unavailable("the server is shutting down")
     front.client.check_ready()
     if not front.client.is_responsive:
-        raise Unavailable("the engine has said nothing for too long")
+        raise Unavailable(_SILENT)
+    return Response()
+
+
+@router.get("/health/live", response_class=Response, responses=documented(503))
+async def live(front: Front) -> Response:
+    """503 if only a new start of the server would help: the engine hangs, or is dead and not
+    started again. 200 also while it loads and while the server is shutting down."""
+    client = front.client
+    if client.state is State.DEAD and not front.draining and not front.config.restart:
+        client.check_ready()
+    if client.state is State.READY and not client.is_responsive:
+        raise Unavailable(_SILENT)
     return Response()
 
 
@@ -165,32 +187,69 @@ def _check_model(front: Front, model: str | None) -> None:
             raise NotFound(str(error), "model") from error
 
 
-@router.post("/tokenize", dependencies=[API_KEY], responses=_TOKEN_ERRORS)
-async def tokenize(body: TokenizeRequest, front: Front) -> TokenizeResponse:
+def _most_tokens(max_model_len: int) -> int:
+    return max(_MOST_TOKENS, max_model_len)
+
+
+@router.post(
+    "/tokenize",
+    dependencies=[API_KEY],
+    response_model=TokenizeResponse,
+    responses=_TOKEN_ERRORS,
+)
+async def tokenize(body: TokenizeRequest, front: Front) -> Response:
     """Token ids of a prompt, or of a conversation."""
     _check_model(front, body.model)
-    limit = front.client.check_ready().max_model_len
-    if body.messages is not None:
-        special = bool(body.add_special_tokens)
-        tokens = await front.prompts.chat(body.messages, body, special)
-    else:
-        assert body.prompt is not None
-        tokens = await front.prompts.text(body.prompt, body.add_special_tokens is not False)
-    strings = None
-    if body.return_token_strs:
-        strings = [front.texts.text(token) or "" for token in tokens]
-    return TokenizeResponse(
-        count=len(tokens), max_model_len=limit, tokens=tokens, token_strs=strings
-    )
+    max_model_len = front.client.check_ready().max_model_len
+    most = _most_tokens(max_model_len)
+    limit = Limit(most, RequestError(f"the text has over {most} tokens: send it in parts"))
+    try:
+        if body.messages is not None:
+            special = bool(body.add_special_tokens)
+            tokens = await front.prompts.chat(body.messages, body, special, limit)
+        else:
+            assert body.prompt is not None
+            special = body.add_special_tokens is not False
+            tokens = await front.prompts.text(body.prompt, special, limit)
+    except RequestError as error:
+        raise as_http_error(error) from error
+
+    def response() -> TokenizeResponse:
+        found = TokenizeResponse(
+            count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=None
+        )
+        if body.return_token_strs:
+            found.token_strs = [front.texts.text(token) or "" for token in tokens]
+        return found
+
+    return await _answer(front, response, len(tokens))
 
 
-@router.post("/detokenize", dependencies=[API_KEY], responses=_TOKEN_ERRORS)
-async def detokenize(body: DetokenizeRequest, front: Front) -> DetokenizeResponse:
+@router.post(
+    "/detokenize",
+    dependencies=[API_KEY],
+    response_model=DetokenizeResponse,
+    responses=_TOKEN_ERRORS,
+)
+async def detokenize(body: DetokenizeRequest, front: Front) -> Response:
     """The text of tokens."""
     _check_model(front, body.model)
     front.prompts.need_tokenizer()
-    vocab = front.client.check_ready().vocab_size
-    for token in body.tokens:
-        if not 0 <= token < vocab:
-            raise Invalid(f"tokens holds {token}; token ids are from 0 to {vocab - 1}", "tokens")
-    return DetokenizeResponse(prompt=front.texts.decode(body.tokens, skip_special_tokens=False))
+    ready, tokens = front.client.check_ready(), body.tokens
+    most, vocab = _most_tokens(ready.max_model_len), ready.vocab_size
+    if len(tokens) > most:
+        raise Invalid(f"tokens holds {len(tokens)}, and {most} is the most", "tokens")
+    bad = next((token for token in tokens if not 0 <= token < vocab), None)
+    if bad is not None:
+        raise Invalid(f"tokens holds {bad}; token ids are from 0 to {vocab - 1}", "tokens")
+
+    def response() -> DetokenizeResponse:
+        return DetokenizeResponse(prompt=front.texts.decode(tokens, skip_special_tokens=False))
+
+    return await _answer(front, response, len(tokens))
+
+
+async def _answer(front: Front, response: Callable[[], BaseModel], tokens: int) -> Response:
+    threads = front.threads if tokens > _FEW_TOKENS else None
+    content = await write(lambda: [response()], threads)
+    return Response(content, media_type="application/json")

@@ -182,10 +182,10 @@ class Batch:
         for prompt, adapter in zip(prompts, adapters, strict=True):
             if isinstance(prompt, str) and self._engine.tokenizer is not None:
                 prompt = self._engine.tokenizer.encode(prompt, request.add_special_tokens)
+            params = request.sampling_params()
             for choice in range(request.n):
-                params = request.sampling_params(choice)
                 request_id = self._engine.add_request(
-                    prompt, params, adapter=adapter, priority=request.priority
+                    prompt, params.of_choice(choice), adapter=adapter, priority=request.priority
                 )
                 line.outputs[request_id] = None
                 self._running[request_id] = line

@@ -37,7 +37,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = Field(description="a string, or a list of text parts")
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        description="a string, or a list of text parts"
+    )
     name: str | None = None
 
     @model_validator(mode="before")
@@ -133,7 +135,7 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateFields):
         "include_reasoning": "all output is content",
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     add_special_tokens: bool = False
     # Their ranges are checked here: `SamplingParams` knows them by other names.
     max_completion_tokens: Annotated[Int64, Field(ge=1)] | None = None
@@ -242,19 +244,17 @@ class ChatReply:
             self._tokens.count(index, output)
             message = ChatMessage(role="assistant", content=output.text)
             choices.append(ChatChoice(message=message, **self._choice(index, output)))
-        return ChatCompletion(
-            **self._head,
-            **self._of_prompt(outputs[0]),
-            object="chat.completion",
-            choices=choices,
-            usage=self._tokens.usage(),
+        response = ChatCompletion(
+            **self._head, object="chat.completion", choices=choices, usage=self._tokens.usage()
         )
+        self._add_prompt(response, outputs[0])
+        return response
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[ChatCompletionChunk]:
         """What is new of a choice. Its first chunk has the role and no content, as OpenAI's."""
         self._tokens.count(index, output)
         if index not in self._begun:
-            about_prompt = {} if self._begun else self._of_prompt(output)
+            is_first = not self._begun
             self._begun.add(index)
             opening = ChatChunkChoice(
                 index=index,
@@ -263,7 +263,10 @@ class ChatReply:
                 finish_reason=None,
                 stop_reason=None,
             )
-            yield self._chunk(index, opening, **about_prompt)
+            chunk = self._chunk(index, opening)
+            if is_first:
+                self._add_prompt(chunk, output)
+            yield chunk
         delta = ChatDelta(content=output.new_text)
         yield self._chunk(index, ChatChunkChoice(delta=delta, **self._choice(index, output)))
 
@@ -276,7 +279,8 @@ class ChatReply:
             usage=self._tokens.usage(),
         )
 
-    def _chunk(self, index: int, choice: ChatChunkChoice, **extras: Any) -> ChatCompletionChunk:
+    def _chunk(self, index: int, choice: ChatChunkChoice) -> ChatCompletionChunk:
+        extras: dict[str, Any] = {}
         if self._request.includes_continuous_usage:
             extras["usage"] = self._tokens.usage(index)
         return ChatCompletionChunk(
@@ -304,11 +308,10 @@ class ChatReply:
             as_ids=request.return_tokens_as_token_ids,
         )
 
-    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
-        """What was asked for of the prompt."""
-        request, found = self._request, dict[str, Any]()
+    def _add_prompt(self, body: _ChatBody, output: RequestOutput) -> None:
+        """Adds what was asked for of the prompt; set, as pydantic would check it in one piece."""
+        request = self._request
         if request.return_token_ids:
-            found["prompt_token_ids"] = output.prompt_token_ids
+            body.prompt_token_ids = output.prompt_token_ids
         if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(request.prompt_logprobs, output, self._texts)
-        return found
+            body.prompt_logprobs = prompt_logprobs(request.prompt_logprobs, output, self._texts)

@@ -3,9 +3,16 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from slora_jax.core import FinishReason, RequestError, RequestOutput
 from slora_jax.openai.generation import GenerationRequest, Int64
@@ -18,6 +25,34 @@ from slora_jax.openai.logprobs import (
 )
 from slora_jax.openai.replies import Tokens, Usage, as_one_piece, without_generated
 from slora_jax.openai.tokens import TokenOffsets, TokenTexts
+
+_PROMPT = "a string, a list of token ids, or a list of either"
+_LEAST_INT64, _MOST_INT64 = -(2**63), 2**63 - 1
+
+
+def _check_prompt(prompt: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Checks lists as a whole: pydantic would try each kind of list on each of a million tokens."""
+    if isinstance(prompt, str):
+        return check(prompt)
+    kinds = {*map(type, prompt)} if isinstance(prompt, list) else None
+    if kinds == {list}:
+        good = all(map(_are_tokens, prompt))
+    else:
+        good = kinds == {str} or (kinds is not None and _are_tokens(prompt))
+    if not good:
+        raise RequestError(f"prompt must be {_PROMPT}", "prompt")
+    return prompt
+
+
+def _are_tokens(ids: list[Any]) -> bool:
+    if not ids:
+        return True
+    return {*map(type, ids)} == {int} and _LEAST_INT64 <= min(ids) <= max(ids) <= _MOST_INT64
+
+
+type Prompt = Annotated[
+    str | list[Int64] | list[str] | list[list[Int64]], WrapValidator(_check_prompt)
+]
 
 
 class CompletionRequest(GenerationRequest):
@@ -37,9 +72,7 @@ class CompletionRequest(GenerationRequest):
         }
     )
 
-    prompt: str | list[Int64] | list[str] | list[list[Int64]] = Field(
-        description="a string, a list of token ids, or a list of either"
-    )
+    prompt: Prompt = Field(description=_PROMPT)
     max_tokens: Int64 | None = 16
     best_of: int | None = None
     echo: bool = False
@@ -173,22 +206,21 @@ class CompletionReply:
             self._echoed[index] = self._echo(index, output)
             if request.logprobs is not None:
                 self._offsets[index] = self._offsets_after(output.prompt_token_ids)
-        extras: dict[str, Any] = {}
-        if begins and request.prompt_logprobs is not None and output.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = prompt_logprobs(
-                request.prompt_logprobs, output, self._texts
-            )
-        if request.return_token_ids:
-            extras |= {"prompt_token_ids": output.prompt_token_ids} if begins else {}
-            extras["token_ids"] = output.new_token_ids
-        return CompletionChoice(
+        choice = CompletionChoice(
             index=index,
             text=(self._echoed[index] if begins else "") + output.new_text,
             logprobs=self._logprobs(index, output, begins),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
-            **extras,
         )
+        # Set afterwards: pydantic would check these long lists, in one piece.
+        if begins and request.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(request.prompt_logprobs, output, self._texts)
+        if request.return_token_ids:
+            if begins:
+                choice.prompt_token_ids = output.prompt_token_ids
+            choice.token_ids = output.new_token_ids
+        return choice
 
     def _echo(self, index: int, output: RequestOutput) -> str:
         if not self._request.echo:

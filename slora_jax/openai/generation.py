@@ -96,7 +96,7 @@ class GenerationRequest(BaseModel):
     ignored: ClassVar[Mapping[str, str]] = IGNORED
 
     model: ModelName
-    lora_path: ModelName | list[ModelName | None] | None = Field(
+    lora_path: ModelName | Annotated[list[ModelName | None], Field(fail_fast=True)] | None = Field(
         None, description="an adapter's name, or a list of one or null for each prompt"
     )
     n: int = Field(1, ge=1, le=128)
@@ -108,8 +108,10 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: str | list[str] = Field([], description="a string or a list of strings")
-    stop_token_ids: list[Int64] = []
+    stop: str | Annotated[list[str], Field(fail_fast=True)] = Field(
+        [], description="a string or a list of strings"
+    )
+    stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: Int64 | None = None
@@ -154,21 +156,14 @@ class GenerationRequest(BaseModel):
         options = self.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
 
-    def sampling_params(self, choice: int = 0) -> SamplingParams:
-        """What the engine is asked for the `choice`-th answer to a prompt.
-
-        With a seed, each of `n` answers has its own: `seed + choice`, as in vLLM.
-
-        Args:
-            choice: from 0 to `n - 1`.
+    def sampling_params(self) -> SamplingParams:
+        """What the engine is asked for the first answer; for others see `SamplingParams.of_choice`.
 
         Raises:
             RequestError: a value is out of its range.
         """
         own = type(self).model_fields
         values = {f.name: getattr(self, f.name) for f in fields(SamplingParams) if f.name in own}
-        if self.seed is not None:
-            values["seed"] = self.seed + choice
         return SamplingParams(**values | self._overrides())
 
     def _overrides(self) -> dict[str, Any]:

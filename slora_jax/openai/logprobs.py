@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities as responses show them."""
+"""Log-probabilities as responses show them.
+
+There may be a hundred thousand entries in a response: they are plain dicts, which cost little.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypedDict
 
 from pydantic import BaseModel
 
@@ -26,7 +30,7 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None]
 
 
-class ChatTokenLogprob(BaseModel):
+class ChatTokenLogprob(TypedDict):
     """One token, and the UTF-8 of its text."""
 
     token: str
@@ -46,7 +50,7 @@ class ChatLogprobs(BaseModel):
     content: list[ChatPositionLogprobs]
 
 
-class PromptLogprob(BaseModel):
+class PromptLogprob(TypedDict):
     """One candidate for a position of the prompt, in vLLM's shape."""
 
     logprob: float
@@ -107,15 +111,14 @@ def chat_logprobs(
     """One entry for each of `tokens`; the arguments are those of `completion_logprobs`."""
 
     def entry(name: str, one: Logprob) -> ChatTokenLogprob:
-        return ChatTokenLogprob(token=name, logprob=_finite(one), bytes=list(name.encode()))
+        return {"token": name, "logprob": _finite(one), "bytes": list(name.encode())}
 
-    content = []
+    found = ChatLogprobs(content=[])  # filled afterwards: pydantic would check it in one piece
     for token, position in zip(tokens, positions, strict=True):
         names = texts.names([token, *position], as_ids)
         top = [entry(names[i], one) for i, one in position.items() if k == -1 or one.rank <= k]
-        own = entry(names[token], position[token])
-        content.append(ChatPositionLogprobs(**own.model_dump(), top_logprobs=top))
-    return ChatLogprobs(content=content)
+        found.content.append({**entry(names[token], position[token]), "top_logprobs": top})
+    return found
 
 
 def prompt_logprobs(k: int, output: RequestOutput, texts: TokenTexts) -> PromptLogprobs:
@@ -123,9 +126,11 @@ def prompt_logprobs(k: int, output: RequestOutput, texts: TokenTexts) -> PromptL
 
     def entries(position: PositionLogprobs, token: int) -> dict[int, PromptLogprob]:
         return {
-            candidate: PromptLogprob(
-                logprob=_finite(entry), rank=entry.rank, decoded_token=texts.text(candidate)
-            )
+            candidate: {
+                "logprob": _finite(entry),
+                "rank": entry.rank,
+                "decoded_token": texts.text(candidate),
+            }
             for candidate, entry in _shown(position, token, k).items()
         }
 

@@ -2,7 +2,7 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,7 +31,7 @@ class TokenizeRequest(ChatTemplateFields):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
@@ -66,7 +66,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"tokens": [104, 105]}]})
 
     model: ModelName | None = None
-    tokens: list[Int64]
+    tokens: Annotated[list[Int64], Field(fail_fast=True)]
 
 
 class DetokenizeResponse(BaseModel):

@@ -130,7 +130,7 @@ def test_logprobs_are_asked_for(fields, asked):
 
 def test_each_choice_has_its_own_seed():
     request = parse(n=2, seed=5)
-    assert [request.sampling_params(choice).seed for choice in range(2)] == [5, 6]
+    assert [request.sampling_params().of_choice(choice).seed for choice in range(2)] == [5, 6]
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])

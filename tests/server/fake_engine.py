@@ -38,7 +38,7 @@ def stats(running: int) -> EngineStats:
 
 def delta(request_id: str, tokens: list[int], **fields) -> messages.Delta:
     rest = dict.fromkeys(
-        ("finish_reason", "stop_reason", "logprobs", "prompt_logprobs", "queue_seconds")
+        ("finish_reason", "stop_reason", "logprobs", "queue_seconds")
     )
     return messages.Delta(id=request_id, tokens=tokens, text="x" * len(tokens), **rest | fields)
 
@@ -75,8 +75,8 @@ class FakeEngine:
     def handle(self, message: messages.ToEngine) -> None:
         match message:
             case messages.Generate():
-                for request_id, params in zip(message.ids, message.params, strict=True):
-                    self.begin(request_id, message.prompt[0], params)
+                for request_id in message.ids:
+                    self.begin(request_id, message.prompt[0], message.params)
             case messages.Abort():
                 for request_id in message.ids:
                     self._running.pop(request_id, None)

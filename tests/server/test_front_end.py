@@ -125,7 +125,7 @@ def test_bodies_have_a_limit():
     run(story, max_body_mib=2048 / 2**20)
 
 
-def test_bodies_arrive_in_time(monkeypatch):
+def test_bodies_arrive_in_time():
     async def story(one: World) -> None:
         async def in_pieces():
             yield b"{"
@@ -135,8 +135,7 @@ def test_bodies_arrive_in_time(monkeypatch):
         response = await one.client.post("/v1/completions", content=in_pieces(), headers=headers)
         assert error(response)["type"] == "RequestTimeoutError"
 
-    monkeypatch.setattr("server.middleware._BODY_S", 0.1)
-    run(story)
+    run(story, body_timeout_s=0.1)
 
 
 @pytest.mark.parametrize(

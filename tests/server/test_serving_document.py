@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.command import add_arguments
@@ -18,11 +19,14 @@ def section(title: str) -> str:
     return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_every_option_of_the_server():
+@pytest.mark.parametrize(
+    ("title", "named"), [("Options", "server"), ("Limits", "limits of what clients may cost")]
+)
+def test_every_option_of_the_server(title, named):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    [group] = [group for group in parser._action_groups if group.title == "server"]
-    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", section("Options"), flags=re.MULTILINE)
+    [group] = [group for group in parser._action_groups if group.title == named]
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", section(title), flags=re.MULTILINE)
     described = {
         flag: default for flags, default in rows for flag in re.findall(r"--[\w-]+", flags)
     }
