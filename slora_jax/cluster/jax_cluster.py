@@ -22,7 +22,7 @@ from slora_jax.cluster.address import Address, free_port
 from slora_jax.cluster.channel import ClusterError
 from slora_jax.cluster.peers import Peers, understand
 
-_JOIN_S = 60.0  # all are there already
+_JOIN_S = 120.0  # all are there already, and import JAX at most
 _DEVICES_S = 300.0  # to find them, and to compile the first collective
 _POLL_S = 0.5
 _CHALLENGE_BYTES = 32
@@ -114,7 +114,7 @@ def _check_members(peers: Peers, secret: bytes, challenge: bytes) -> None:
     from jax.experimental import multihost_utils
 
     answers = [
-        hmac.digest(secret, b"in JAX's cluster\0" + challenge + bytes([n >> 8, n & 255]), "sha256")
+        hmac.digest(secret, b"in JAX's cluster\0" + challenge + n.to_bytes(4), "sha256")
         for n in range(peers.num_processes)
     ]
     own = np.frombuffer(answers[peers.process_id], np.uint8)
