@@ -41,7 +41,7 @@ from pallas_kernels.layout import ceil_div
 from sharding.specs import REPLICATED
 from slora_jax.adapters.pack import PackedAdapter, pack
 from slora_jax.adapters.peft import Adapter, LoraPair
-from slora_jax.cluster import Cluster
+from slora_jax.cluster import ALONE, Cluster
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import FROM_DEVICE
 from slora_jax.engine import programs
@@ -356,9 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FILE", help="to append the results to")
     args = parser.parse_args(argv)
     cluster = Cluster.of()
-    if cluster is not None:
-        cluster.join()
+    peers = ALONE if cluster is None else cluster.join()
     Benchmark(args).run()
+    peers.close()
     return 0
 
 

@@ -38,7 +38,7 @@ from server.messages import (
     decode_to_engine,
     encode,
 )
-from slora_jax.cluster import Cluster
+from slora_jax.cluster import ALONE, ClusterError
 from slora_jax.core import RequestError, RequestOutput
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def main() -> int:
     socket.connect(launch.address)
     try:
         engine, failed = _make_engine(launch)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ClusterError) as error:
         socket.send(encode(Failed(str(error))))
         socket.close()
         return 2
@@ -224,15 +224,15 @@ def _make_engine(launch: Launch) -> tuple["Engine", dict[str, str]]:
 
     Raises:
         ValueError: the model, an option or, the first time, an adapter is not supported.
+        ClusterError: another process of the engine is missing.
     """
-    if launch.cluster is not None:
-        Cluster(**launch.cluster).join()
+    peers = ALONE if launch.cluster is None else launch.cluster.join()
     from slora_jax import AdapterError, Engine
 
     options: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in launch.options.items()
     }
-    engine = Engine(launch.model, progress=launch.progress, **options)
+    engine = Engine(launch.model, peers=peers, progress=launch.progress, **options)
     failed: dict[str, str] = {}
     if launch.restart:
         for name, path in launch.adapters.items():

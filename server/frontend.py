@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from server.admission import Admission
@@ -87,7 +86,7 @@ class FrontEnd:
             restart=restart,
             progress=self._progress,
             quiet=self._quiet,
-            cluster=None if self._cluster is None else asdict(self._cluster),
+            cluster=self._cluster,
         )
 
     def delta(self, generation: Generation, index: int, tokens: int, now: float) -> None:

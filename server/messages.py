@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from slora_jax.cluster import Cluster
 from slora_jax.core import FinishReason, Logprob, SamplingParams
 from slora_jax.stats import EngineStats
 
@@ -25,7 +26,7 @@ class Launch(msgspec.Struct, frozen=True):
         restart: an adapter that cannot be loaded does not keep the engine from starting.
         progress: draw bars on stderr.
         quiet: no messages on stderr.
-        cluster: fields of `Cluster`, where this is process 0 of several.
+        cluster: where this is process 0 of several; it holds their secret.
     """
 
     address: str
@@ -36,7 +37,7 @@ class Launch(msgspec.Struct, frozen=True):
     restart: bool
     progress: bool
     quiet: bool
-    cluster: dict[str, Any] | None = None
+    cluster: Cluster | None = None
 
 
 # To the engine

@@ -2,6 +2,7 @@
 """The devices of one copy of the model, and where arrays lie on them."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +35,12 @@ def tensor_mesh(size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) < size:
+        each = Counter(device.process_index for device in devices)
+        found = ", ".join(f"{n} in process {process}" for process, n in sorted(each.items()))
+        where = f" ({found})" if len(each) > 1 else ""
         raise ValueError(
-            f"tensor_parallel_size is {size}, but JAX sees {len(devices)} devices: lower it, or "
-            "give more devices"
+            f"tensor_parallel_size is {size}, but JAX sees {len(devices)} devices{where}: lower "
+            "it, or give more devices"
         )
     idle = {d.process_index for d in devices} - {d.process_index for d in devices[:size]}
     if idle:

@@ -9,7 +9,14 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from slora_jax.cli import CommandError
-from slora_jax.cluster import ENVIRONMENT, Cluster
+from slora_jax.cluster import (
+    ALONE,
+    DEFAULT_TIMEOUT_S,
+    ENVIRONMENT,
+    SECRET_VARIABLE,
+    Cluster,
+    ClusterError,
+)
 from slora_jax.config import EngineConfig
 from slora_jax.openai.models import is_adapter_name
 from slora_jax.scheduling.options import PolicyName, SchedulingOptions
@@ -109,7 +116,11 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
         "whose devices hold one model together; the same command for all but --process-id",
     )
     texts = {
-        "coordinator_address": ("HOST:PORT", str, "of process 0"),
+        "coordinator_address": (
+            "HOST:PORT",
+            str,
+            "where process 0 listens for the others; [ADDRESS]:PORT for IPv6",
+        ),
         "num_processes": ("N", int, "how many there are"),
         "process_id": ("N", int, "which of them this is; 0 takes requests, the others follow it"),
     }
@@ -120,6 +131,19 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=metavar,
             help=f"{text} (default: the variable {ENVIRONMENT[name]})",
         )
+    group.add_argument(
+        "--cluster-secret-file",
+        metavar="FILE",
+        help="a secret that all of them know; readable by this user alone (default: the variable "
+        f"{SECRET_VARIABLE}); made by: openssl rand -hex 32",
+    )
+    group.add_argument(
+        "--cluster-timeout-s",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="N",
+        help="seconds in which all must have come (default: %(default)s)",
+    )
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster | None:
@@ -129,7 +153,13 @@ def cluster_of(args: argparse.Namespace) -> Cluster | None:
         CommandError: something is missing or out of range.
     """
     try:
-        return Cluster.of(args.coordinator_address, args.num_processes, args.process_id)
+        return Cluster.of(
+            args.coordinator_address,
+            args.num_processes,
+            args.process_id,
+            args.cluster_secret_file,
+            args.cluster_timeout_s,
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -138,15 +168,14 @@ def follow(args: argparse.Namespace, cluster: Cluster, *, progress: bool) -> int
     """Carries out what process 0 does, until that ends.
 
     Raises:
-        CommandError: the model or an option is refused, or process 0 is gone.
+        CommandError: the model or an option is refused, or process 0 is gone or refuses this one.
     """
-    cluster.join()
-    from slora_jax.engine.following import Follower
-    from slora_jax.engine.link import FollowerError
-
     try:
-        Follower(args.model, progress=progress, **engine_options(args)).run()
-    except (ValueError, OSError, FollowerError) as error:
+        peers = cluster.join()
+        from slora_jax.engine.following import Follower
+
+        Follower(args.model, peers=peers, progress=progress, **engine_options(args)).run()
+    except (ValueError, OSError, ClusterError) as error:
         raise CommandError(str(error)) from error
     return 0
 
@@ -252,18 +281,17 @@ def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
         progress: whether to draw a progress bar on stderr.
 
     Raises:
-        CommandError: the model, an adapter or an option is refused.
+        CommandError: the model, an adapter or an option is refused, or another process is missing.
     """
     adapters = adapter_dirs(args)  # cheap mistakes first
     cluster = cluster_of(args)
-    if cluster is not None:
-        cluster.join()
-    from slora_jax.adapters.peft import AdapterError
-    from slora_jax.engine.engine import Engine  # JAX takes a second to import
-
     try:
-        engine = Engine(args.model, progress=progress, **engine_options(args))
-    except (ValueError, OSError) as error:
+        peers = ALONE if cluster is None else cluster.join()
+        from slora_jax.adapters.peft import AdapterError
+        from slora_jax.engine.engine import Engine  # JAX takes a second to import
+
+        engine = Engine(args.model, peers=peers, progress=progress, **engine_options(args))
+    except (ValueError, OSError, ClusterError) as error:
         raise CommandError(str(error)) from error
     try:
         engine.load_adapters(adapters, progress=progress)

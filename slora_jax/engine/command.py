@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from slora_jax.config import EngineConfig
 from slora_jax.core import Request, StepPlan
@@ -28,11 +28,11 @@ from slora_jax.model.llama import LoraMode
 
 
 class Counts(NamedTuple):
-    """What a request has said before it got its slot, for its penalties."""
+    """What a request brings when it gets its slot, for its penalties."""
 
     slot: int
-    output: Int[np.ndarray, " V"]
-    in_prompt: Bool[np.ndarray, " V"]
+    output: Int[np.ndarray, " n"]  # token ids, in any order
+    prompt: Int[np.ndarray, " m"]
 
 
 class Choice(NamedTuple):
@@ -92,17 +92,16 @@ def step_command(
         lora_mode,
         adapted if slots else frozenset(),
         pack_step(plan, bucket, options.max_num_seqs),
-        tuple(_counts(one, vocab_size) for one in plan.started if one.params.penalized),
+        tuple(_counts(one) for one in plan.started if one.params.penalized),
         _choice(plan, bucket.rows, options.max_num_seqs, vocab_size),
         _prompt_logprobs(plan, bucket.tokens, vocab_size),
     )
 
 
-def _counts(request: Request, vocab_size: int) -> Counts:
+def _counts(request: Request) -> Counts:
     assert request.slot is not None
-    output = np.bincount(request.output, minlength=vocab_size).astype(np.int32)
-    in_prompt = np.bincount(request.prompt, minlength=vocab_size) > 0
-    return Counts(request.slot, output, in_prompt)
+    output, prompt = np.array(request.output, np.int32), np.array(request.prompt, np.int32)
+    return Counts(request.slot, output, prompt)
 
 
 def _choice(plan: StepPlan, bucket: int, unused_slot: int, vocab_size: int) -> Choice:

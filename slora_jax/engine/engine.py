@@ -14,6 +14,7 @@ import numpy as np
 
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.manager import AdapterManager, Rescan
+from slora_jax.cluster import ALONE, Peers
 from slora_jax.config import EngineConfig
 from slora_jax.core import (
     EngineDeadError,
@@ -23,7 +24,6 @@ from slora_jax.core import (
     SamplingParams,
     StepPlan,
 )
-from slora_jax.engine.agreement import together
 from slora_jax.engine.leading import Followers, LeadingRunner, reading
 from slora_jax.engine.output import HostLogprobs, RequestProgress
 from slora_jax.engine.requests import RequestMaker
@@ -63,12 +63,15 @@ class Engine:
         model: a Hugging Face directory: `config.json`, safetensors, and a tokenizer if prompts are
             to be text.
         adapters: PEFT directories by name; more can be loaded later.
+        peers: the other processes of the engine, as `Cluster.join` gave them; each makes a
+            `Follower`.
         progress: draw a bar on stderr while weights are loaded.
         **options: the fields of `EngineConfig`.
 
     Raises:
         ValueError: the model, an adapter or an option is not supported; the message names the
             field and the remedy.
+        ClusterError: another process is gone.
     """
 
     def __init__(
@@ -76,27 +79,35 @@ class Engine:
         model: str | Path,
         *,
         adapters: Mapping[str, str | Path] | None = None,
+        peers: Peers = ALONE,
         progress: bool = False,
         **options: Any,
     ):
         model_dir = Path(model)
-        if jax.process_index() > 0:
+        if peers.process_id > 0:
             raise ValueError(
-                f"this is process {jax.process_index()} of {jax.process_count()}, and process 0 "
-                "has the engine: run a Follower here"
+                f"this is process {peers.process_id} of {peers.num_processes}, and process 0 has "
+                "the engine: run a Follower here"
             )
-        self.tokenizer = together(lambda: load_tokenizer(model_dir), lambda _: {})
-        weights, self.setup = load_model(model_dir, EngineConfig(**options), progress=progress)
+        if jax.process_count() != peers.num_processes:
+            raise ValueError(
+                f"JAX's cluster has {jax.process_count()} processes: join it with Cluster.join, "
+                "and give what that returns as peers"
+            )
+        self.tokenizer = peers.together(lambda: load_tokenizer(model_dir), lambda _: {})
+        weights, self.setup = load_model(
+            model_dir, EngineConfig(**options), peers, progress=progress
+        )
         self.config, self.options = self.setup.config, self.setup.options
         assert self.options.num_pages is not None
         self.pool = PagePool(self.options.num_pages)
         read = adapter_reader(self.setup, model_dir).read
         self._followers: Followers | None = None
-        if jax.process_count() == 1:
+        if peers.num_processes == 1:
             self.runner = ModelRunner(weights, self.setup)
         else:
             # Before the followers wait for commands, all of them make the same state.
-            self._followers = Followers()
+            self._followers = Followers(peers)
             self.runner = LeadingRunner(weights, self.setup, self._followers)
             read = reading(self._followers, read)
         self._lock = threading.RLock()  # of all below; not held while the device or a file is read
@@ -494,7 +505,7 @@ class Engine:
         """Requests, pages and adapters now; the times of loads are handed out once.
 
         Raises:
-            FollowerError: another process of the engine is gone.
+            ClusterError: another process of the engine is gone.
         """
         if self._followers is not None:
             self._followers.check()  # an idle engine would not notice

@@ -3,7 +3,6 @@
 
 import logging
 import os
-import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -12,12 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from slora_jax.adapters.peft import AdapterError
 from slora_jax.adapters.reader import AdapterReader, HostAdapter
+from slora_jax.cluster import ClusterError, Peers
 from slora_jax.config import EngineConfig
-from slora_jax.engine.agreement import together
 from slora_jax.engine.command import StepCommand
 from slora_jax.engine.link import (
     Command,
@@ -25,12 +22,12 @@ from slora_jax.engine.link import (
     End,
     Enter,
     Failed,
-    FollowerError,
     Read,
     Reply,
     Stage,
-    connect,
-    greet,
+    decode_command,
+    describe,
+    encode,
 )
 from slora_jax.engine.runner import ModelRunner, StagedAdapter
 from slora_jax.engine.sizing import host_bytes
@@ -44,19 +41,21 @@ class Follower:
 
     Args:
         model: as of `Engine`.
+        peers: the other processes, as `Cluster.join` gave them.
         progress: draw a bar on stderr while weights are loaded.
         **options: as of `Engine`; the same on all processes.
 
     Raises:
         ValueError: as of `Engine`.
+        ClusterError: process 0 is gone.
     """
 
-    def __init__(self, model: str | Path, *, progress: bool = False, **options: Any):
-        if jax.process_index() == 0:
+    def __init__(self, model: str | Path, *, peers: Peers, progress: bool = False, **options: Any):
+        if peers.process_id == 0:
             raise ValueError("process 0 leads: make an Engine there")
         model_dir = Path(model)
-        together(lambda: None, lambda _: {})  # process 0 reads the tokenizer
-        weights, setup = load_model(model_dir, EngineConfig(**options), progress=progress)
+        peers.together(lambda: None, lambda _: {})  # process 0 reads the tokenizer
+        weights, setup = load_model(model_dir, EngineConfig(**options), peers, progress=progress)
         self._runner = ModelRunner(weights, setup)
         self._reader: AdapterReader = adapter_reader(setup, model_dir)
         threads = setup.options.lora_load_threads
@@ -64,8 +63,7 @@ class Follower:
         self._copying = ThreadPoolExecutor(threads, "copies")  # no copy waits for the disk
         self._host = _Host(setup.options.max_cpu_loras, host_bytes(setup.options))
         self._copies: dict[int, Future[StagedAdapter]] = {}
-        self._sending = threading.Lock()
-        self._connection = connect(*greet(None))
+        self._channel = peers.channels[0]
 
     def run(self) -> None:
         """Does what process 0 does, until that closes its engine.
@@ -74,18 +72,18 @@ class Follower:
         which may be waiting in a step for this one.
 
         Raises:
-            FollowerError: process 0 is gone without a word.
+            ClusterError: process 0 is gone without a word.
         """
         try:
             for command in self._commands():
                 if isinstance(command, End):
                     return
                 self._follow(command)
-        except FollowerError:
+        except ClusterError:
             raise
         except BaseException as error:
             logger.exception("this process of the engine has failed")
-            self._say(Failed(f"{type(error).__name__}: {error}"))
+            self._say(Failed(describe(error)))
             os._exit(1)
 
     def _follow(self, command: Command) -> None:
@@ -105,11 +103,7 @@ class Follower:
 
     def _commands(self) -> Iterator[Command]:
         while True:
-            try:
-                data = self._connection.recv_bytes()
-            except (EOFError, OSError) as error:
-                raise FollowerError("process 0 of the engine is gone") from error
-            yield pickle.loads(data)
+            yield decode_command(self._channel.receive())
 
     def _read(self, command: Read) -> None:
         def read() -> str:
@@ -139,14 +133,14 @@ class Follower:
         try:
             result = act()
         except Exception as problem:
-            self._say(Reply(number, None, f"{type(problem).__name__}: {problem}"))
+            self._say(Reply(number, None, describe(problem)))
             raise
         self._say(Reply(number, found(result), None))
         return result
 
     def _say(self, what: Reply | Failed) -> None:
-        with self._sending, suppress(OSError):  # who reads commands will notice
-            self._connection.send_bytes(pickle.dumps(what))
+        with suppress(ClusterError):  # who reads commands will notice
+            self._channel.send(encode(what))
 
 
 class _Host:

@@ -10,37 +10,31 @@ and keeps its own devices' parts: their directories must be the same on all host
 import atexit
 import logging
 import os
-import pickle
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from weakref import finalize
 
-import jax
-
 from slora_jax.adapters.peft import AdapterError
 from slora_jax.adapters.reader import HostAdapter
+from slora_jax.cluster import Channel, ClusterError, Peers
 from slora_jax.core import Install
 from slora_jax.engine.command import StepCommand
 from slora_jax.engine.link import (
+    MOST_REPLY_BYTES,
     Command,
     Drop,
     End,
     Enter,
     Failed,
-    FollowerError,
     Read,
     Reply,
     Stage,
-    greet,
-    own_addresses,
-    prompt,
+    decode_reply,
+    encode,
 )
 from slora_jax.engine.runner import ModelRunner, StagedAdapter, StepResult
 from slora_jax.engine.setup import Setup
@@ -48,49 +42,45 @@ from slora_jax.model.weights import LlamaWeights
 
 logger = logging.getLogger(__name__)
 
-_KEY_BYTES = 32
-
 
 class Followers:
-    """Process 0's connections to the others. Its methods may be called by any thread."""
+    """Process 0's connections to the others. Its methods may be called by any thread.
 
-    def __init__(self) -> None:
-        key = secrets.token_bytes(_KEY_BYTES)
-        with Listener(("", 0), backlog=jax.process_count(), authkey=key) as listener:
-            greet((own_addresses(), listener.address[1], key))
-            self._connections: list[Connection] = []
-            while len(self._connections) < jax.process_count() - 1:
-                with suppress(AuthenticationError, EOFError, OSError):  # somebody else knocked
-                    self._connections.append(prompt(listener.accept()))
+    Args:
+        peers: the others, which wait for commands.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        self._channels = list(peers.channels.values())
         self._lock = threading.Lock()
         self._numbers = 0
         self._dropped: deque[int] = deque()
         self._lost: str | None = None
         self._waiting: dict[int, list[Reply]] = {}
         self._answered = threading.Condition()
-        for connection in self._connections:
-            threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+        for channel in self._channels:
+            threading.Thread(target=self._listen, args=(channel,), daemon=True).start()
         # Later than JAX's own, so earlier at the end: JAX waits there for all to leave.
         atexit.register(self.close)
 
     def close(self) -> None:
         """Sends the others home."""
         atexit.unregister(self.close)
-        with suppress(FollowerError):
+        with suppress(ClusterError):
             self.send(End())
         with self._lock:
             self._lost = self._lost or "the engine was closed"
 
     def check(self) -> None:
-        """Raises FollowerError if one of them is gone."""
+        """Raises ClusterError if one of them is gone."""
         if self._lost is not None:
-            raise FollowerError(self._lost)
+            raise ClusterError(self._lost)
 
     def send(self, command: Command) -> None:
         """Tells all others what is about to be done here.
 
         Raises:
-            FollowerError: one of them is gone.
+            ClusterError: one of them is gone.
         """
         dropped = []
         while self._dropped:
@@ -102,13 +92,13 @@ class Followers:
 
     def _send(self, command: Command) -> None:
         self.check()
-        data = pickle.dumps(command)
+        data = encode(command)
         try:
-            for connection in self._connections:
-                connection.send_bytes(data)
-        except OSError as error:
-            self._lost = self._lost or f"a process of the engine is gone: {error}"
-            raise FollowerError(self._lost) from error
+            for channel in self._channels:
+                channel.send(data)
+        except ClusterError as error:
+            self._lost = self._lost or f"a process of the engine is lost: {error}"
+            raise ClusterError(self._lost) from error
 
     def drop(self, number: int) -> None:
         """Lets the others forget a copy, with the next command. Safe in a finalizer."""
@@ -120,7 +110,7 @@ class Followers:
         """Tells all others something that they will reply to; its number, to be forgotten later.
 
         Raises:
-            FollowerError: one of them is gone.
+            ClusterError: one of them is gone.
         """
         with self._answered:
             self._numbers += 1
@@ -128,7 +118,7 @@ class Followers:
             self._waiting[number] = []
         try:
             self.send(make(number))
-        except FollowerError:
+        except ClusterError:
             self.forget(number)
             raise
         return number
@@ -137,7 +127,7 @@ class Followers:
         """What all others replied; None: not all have yet.
 
         Raises:
-            FollowerError: one of them is gone.
+            ClusterError: one of them is gone.
         """
         with self._answered:
             if wait:
@@ -150,13 +140,13 @@ class Followers:
         self._waiting.pop(number, None)
 
     def _are_all_in(self, number: int) -> bool:
-        return len(self._waiting[number]) == len(self._connections)
+        return len(self._waiting[number]) == len(self._channels)
 
-    def _listen(self, connection: Connection) -> None:
+    def _listen(self, channel: Channel) -> None:
         """Takes in replies until the other end is gone."""
         try:
             while True:
-                said = pickle.loads(connection.recv_bytes())
+                said = decode_reply(channel.receive(MOST_REPLY_BYTES))
                 if isinstance(said, Failed):
                     self._lose(f"a process of the engine has failed: {said.error}")
                     return
@@ -164,8 +154,8 @@ class Followers:
                     if said.number in self._waiting:
                         self._waiting[said.number].append(said)
                     self._answered.notify_all()
-        except (OSError, EOFError):
-            self._lose("a process of the engine is gone: see its own messages")
+        except ClusterError as error:
+            self._lose(f"a process of the engine is lost: {error}; see its own messages")
 
     def _lose(self, why: str) -> None:
         with self._answered:
@@ -184,7 +174,7 @@ def reading(followers: Followers, read: Callable[..., HostAdapter]) -> Callable[
 
     def read_everywhere(path: str | Path, name: str | None = None) -> HostAdapter:
         path = Path(os.path.abspath(path))
-        number = followers.ask(lambda number: Read(number, path))
+        number = followers.ask(lambda number: Read(number, str(path)))
         try:
             adapter = read(path, name)
             replies = followers.replies(number, wait=True)
@@ -249,7 +239,7 @@ class LeadingRunner(ModelRunner):
 
     def stage(self, adapter: HostAdapter) -> StagedEverywhere:
         followers = self._followers
-        number = followers.ask(lambda number: Stage(number, adapter.id, adapter.path))
+        number = followers.ask(lambda number: Stage(number, adapter.id, str(adapter.path)))
         try:
             own = super().stage(adapter)
         except BaseException:

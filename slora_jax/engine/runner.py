@@ -252,7 +252,9 @@ class ModelRunner:
             zeros = partial(TokenCounts.zeros, self._options.max_num_seqs, self._vocab)
             everywhere = self._setup.placement.sharding(REPLICATED)
             self._counts = jax.jit(zeros, out_shardings=everywhere)()
-        self._counts = programs.reset_counts(self._counts, *counts)
+        output = np.bincount(counts.output, minlength=self._vocab).astype(np.int32)
+        in_prompt = np.bincount(counts.prompt, minlength=self._vocab) > 0
+        self._counts = programs.reset_counts(self._counts, counts.slot, output, in_prompt)
 
     @contextmanager
     def _announced(self, what: str) -> Iterator[None]:

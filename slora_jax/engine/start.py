@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from slora_jax.adapters.reader import AdapterReader
+from slora_jax.cluster import Peers
 from slora_jax.config import EngineConfig
-from slora_jax.engine.agreement import facts_of, processes_here, together
+from slora_jax.engine.agreement import facts_of, processes_here
 from slora_jax.engine.setup import Setup, keep_compiled_programs, set_up
 from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages
 from slora_jax.hf_config import read_model_config
@@ -18,7 +19,7 @@ from slora_jax.model.weights import LlamaWeights
 
 
 def load_model(
-    model_dir: Path, options: EngineConfig, *, progress: bool
+    model_dir: Path, options: EngineConfig, peers: Peers, *, progress: bool
 ) -> tuple[LlamaWeights, Setup]:
     """Loads the weights and decides how large the pool is to be.
 
@@ -26,7 +27,7 @@ def load_model(
         ValueError: the model or an option is not supported, or there is no room; or another process
             of the engine says so.
     """
-    setup = together(lambda: set_up(options, read_model_config(model_dir)), facts_of)
+    setup = peers.together(lambda: set_up(options, read_model_config(model_dir)), facts_of)
     keep_compiled_programs(setup.options.compilation_cache_dir)
     how = setup.model, setup.dtype, setup.placement
 
@@ -35,7 +36,7 @@ def load_model(
             return dummy_weights(*how, setup.options.seed)
         return load_weights(model_dir, *how, progress=progress)
 
-    weights = together(load, lambda loaded: {})
+    weights = peers.together(load, lambda loaded: {})
     num_pages = setup.options.num_pages
     if num_pages is None:
         num_pages = pool_pages(weights, setup)
@@ -44,10 +45,10 @@ def load_model(
         check_pool_fits(num_pages, setup)
         host_bytes(setup.options)
 
-    together(check, lambda _: {})
+    peers.together(check, lambda _: {})
     options = replace(setup.options, num_pages=num_pages)
     if options.max_cpu_lora_gib is None:
-        share = host_bytes(options, processes_here()) / 2**30
+        share = host_bytes(options, processes_here(peers)) / 2**30
         options = replace(options, max_cpu_lora_gib=share)
     return weights, replace(setup, options=options)
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slora_jax.cluster import Cluster
+from slora_jax.cluster import Cluster, Peers
 from slora_jax.core import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -70,34 +70,38 @@ def lost_adapters(engine: Any, root: Path) -> None:
 MISTAKES = ("other pages", "no pages", "no model")
 
 
-def mistake(root: Path, how: dict[str, Any], cluster: Cluster, what: str) -> None:
+def mistake(root: Path, how: dict[str, Any], peers: Peers, what: str) -> None:
     """Process 1 is started with something else than process 0."""
     from slora_jax import Engine, Follower
 
     model = root / "model"
-    if cluster.process_id:
+    if peers.process_id:
         how |= {"num_pages": {"other pages": 100, "no pages": None}.get(what, 128)}
         model = root / "nowhere" if what == "no model" else model
     else:
         how["num_pages"] = 128
     try:
-        (Follower if cluster.process_id else Engine)(model, **how)
+        (Follower if peers.process_id else Engine)(model, peers=peers, **how)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
 
 
 def main(root: Path, cluster: Cluster, partition: str, then: str) -> None:
-    cluster.join()
+    try:
+        peers = cluster.join()
+    except ValueError as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+        return
     from slora_jax import AdapterError, Engine, Follower
 
     how = options(tensor_parallel_size=jax.device_count(), lora_partition=partition)
     if then in MISTAKES:
-        mistake(root, how, cluster, then)
+        mistake(root, how, peers, then)
         return
     if cluster.process_id:
         if then == "lose its adapters":
             how["max_cpu_loras"] = 1
-        follower = Follower(root / "model", **how)
+        follower = Follower(root / "model", peers=peers, **how)
         if then == "lose":
             os.kill(os.getpid(), signal.SIGKILL)
         if then == "fail":
@@ -108,7 +112,7 @@ def main(root: Path, cluster: Cluster, partition: str, then: str) -> None:
         follower.run()
         print("ended")
         return
-    engine = Engine(root / "model", **how)
+    engine = Engine(root / "model", peers=peers, **how)
     if then == "lose its adapters":
         lost_adapters(engine, root)
         return
@@ -130,6 +134,7 @@ def main(root: Path, cluster: Cluster, partition: str, then: str) -> None:
 
 
 if __name__ == "__main__":
-    folder, rank, processes, port, partition, then = sys.argv[1:]
-    here = Cluster(f"127.0.0.1:{port}", int(processes), int(rank))
+    folder, rank, processes, address, partition, then = sys.argv[1:]
+    here = Cluster.of(address, int(processes), int(rank))
+    assert here is not None
     main(Path(folder), here, partition, then)

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from slora_jax import Engine, Follower
 from slora_jax.cli import main
-from slora_jax.cluster import Cluster
+from slora_jax.cluster import ALONE, SECRET_VARIABLE, Cluster
 from slora_jax.demo import BASE_MODEL
 from tests.sharding.models import GQA, write_adapters, write_model
 from tests.sharding.process import options, serve
@@ -30,29 +31,45 @@ def directory(tmp_path_factory) -> Path:
     return root
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return listening.getsockname()[1]
 
 
-def run(directory: Path, partition: str, then: str = "end") -> list[tuple[int, str]]:
-    """Exit codes and what was said, of process 0 and of process 1, with two devices each."""
-    port = free_port()
+def run(
+    directory: Path, partition: str, then: str = "end", host: str = "127.0.0.1", devices=(2, 2)
+) -> list[tuple[int, str]]:
+    """Exit codes and what was said, of process 0 and of process 1."""
+    address = f"{host}:{free_port()}"
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
+        SECRET_VARIABLE: secrets.token_hex(16),
         # What one of these tests has compiled the others need not.
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     processes = []
     for rank in range(2):
-        arguments = [str(directory), str(rank), "2", str(port), partition, then]
+        arguments = [str(directory), str(rank), "2", address, partition, then]
+        flags = f"--xla_force_host_platform_device_count={devices[rank]}"
         command = [sys.executable, "-m", "tests.sharding.process", *arguments]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env={**environment, "XLA_FLAGS": flags},
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         processes.append(process)
     try:
@@ -76,6 +93,13 @@ def test_same_tokens(directory):
     assert found["zero"]
     assert "/nowhere" in found["refusal"]
     assert follower.rstrip().endswith("ended")
+
+
+def test_unequal_numbers_of_devices_are_said_by_all(directory):
+    host = "[::1]" if has_ipv6() else "127.0.0.1"
+    for code, text in run(directory, "no-comm", host=host, devices=(2, 1)):
+        assert code == 0, text
+        assert "process 0 has 2, process 1 has 1. Give all as many" in said_by(text)["error"]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +149,10 @@ def test_an_adapter_that_another_process_lost_fails_its_requests_only(directory)
     [
         (("host:1", 2, None), r"give process_id \(or JAX_PROCESS_ID\) too"),
         (("host", 2, 0), "give host:port of process 0"),
+        (("::1:45", 2, 0), r"write an IPv6 address as \[::1\]:4567"),
+        (("host:0", 2, 0), "from 1 to 65535"),
+        (("0.0.0.0:45", 2, 0), "every interface: give the address of one"),
+        (("[::]:45", 2, 0), "every interface: give the address of one"),
         (("host:1", 0, 0), "num_processes must be at least 1"),
         (("host:1", 2, 2), "process_id must be from 0 to 1"),
     ],
@@ -141,8 +169,12 @@ def test_from_the_environment(monkeypatch):
     with pytest.raises(ValueError, match="process_id"):
         Cluster.of()
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    assert Cluster.of() == Cluster("host:1", 2, 1)
-    assert Cluster.of(process_id=0) == Cluster("host:1", 2, 0)
+    with pytest.raises(ValueError, match=f"{SECRET_VARIABLE}; make one with: openssl rand"):
+        Cluster.of()
+    monkeypatch.setenv(SECRET_VARIABLE, "0123456789abcdef\n")
+    assert Cluster.of() == Cluster("host:1", 2, 1, b"0123456789abcdef")
+    assert "0123456789abcdef" not in repr(Cluster.of())
+    assert Cluster.of(process_id=0) == Cluster("host:1", 2, 0, b"0123456789abcdef")
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID is 'one', no number"):
         Cluster.of()
@@ -150,7 +182,7 @@ def test_from_the_environment(monkeypatch):
 
 def test_process_0_leads():
     with pytest.raises(ValueError, match="process 0 leads"):
-        Follower(BASE_MODEL)
+        Follower(BASE_MODEL, peers=ALONE)
 
 
 @pytest.mark.parametrize("command", ["serve", "generate"])
@@ -160,7 +192,8 @@ def test_flags(command, capsys):
     assert "give coordinator_address" in capsys.readouterr().err
 
 
-def test_several_processes_are_not_restarted(capsys):
+def test_several_processes_are_not_restarted(capsys, monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, "0123456789abcdef")
     cluster = ["--coordinator-address", "127.0.0.1:1", "--num-processes", "2", "--process-id", "0"]
     assert main(["serve", "--restart", *cluster]) == 2
     assert "--restart can't start the other processes again" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 """How axes are dealt out, and what is refused."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -100,6 +101,13 @@ def test_refusals(options, message):
 def test_too_few_devices():
     with pytest.raises(ValueError, match=r"tensor_parallel_size is 16, but JAX sees 8 devices"):
         tensor_mesh(16, jax.devices()[:8])
+
+
+def test_too_few_devices_of_several_processes_are_counted_by_process():
+    devices = [SimpleNamespace(process_index=n) for n in (0, 0, 1, 1)]
+    message = r"sees 4 devices \(2 in process 0, 2 in process 1\): lower it, or give more devices"
+    with pytest.raises(ValueError, match=message):
+        tensor_mesh(8, devices)
 
 
 def test_slora_needs_a_hidden_size_that_divides():
