@@ -4,17 +4,18 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from server.config import ServerConfig
+from server.directories import Directories
 from server.engine_client import AdapterRefused, EngineClient
 from server.errors import Forbidden, Invalid, NotFound
-from slora_jax.adapters.peft import CONFIG_FILE, Signature, signature_of
-from slora_jax.openai.models import ModelCard, is_adapter_name
+from slora_jax.adapters.peft import Signature
+from slora_jax.openai.models import ModelCard
 
 logger = logging.getLogger("slora_jax.server")
 
@@ -48,14 +49,20 @@ class AdapterCatalog:
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._config = config
         self._client = client
+        self._directories = Directories(config.lora_dir)
         self._loads: dict[str, asyncio.Task[None]] = {}  # of --lora-dir, under way
         # One change of a name at a time; a lock is there while somebody has it.
         self._changes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._start = int(time.time())
         self.loaded = {name: Loaded(path, False, self._start) for name, path in config.lora_modules}
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self.loaded or self._in_directory(name))
+    async def known(self, names: Iterable[str]) -> set[str]:
+        """Those of some names that adapters have.
+
+        Raises:
+            Unavailable: a directory does not answer.
+        """
+        return {name for name in names if name in self.loaded or await self._directories.has(name)}
 
     def begin_anew(self) -> dict[str, Loaded]:
         """What a new engine is to load; forgets what comes back by itself."""
@@ -67,18 +74,23 @@ class AdapterCatalog:
         self.loaded.pop(name, None)
 
     async def cards(self) -> list[ModelCard]:
-        """The base model, then all adapters by name, those of `--lora-dir` included."""
+        """The base model, then all adapters by name, those of `--lora-dir` included.
+
+        Raises:
+            Unavailable: their directory does not answer.
+        """
         base = self._config.served_model_names
-        names = {*await asyncio.to_thread(self._directory_names), *self.loaded} - {*base}
+        names = {*await self._directories.names(), *self.loaded} - {*base}
         return [self._card(name) for name in (*base, *sorted(names))]
 
-    def card(self, name: str) -> ModelCard:
+    async def card(self, name: str) -> ModelCard:
         """Of the base model or an adapter.
 
         Raises:
             NotFound: nothing has this name.
+            Unavailable: its directory does not answer.
         """
-        if name not in self._config.served_model_names and name not in self:
+        if name not in self._config.served_model_names and not await self.known([name]):
             raise NotFound(f"The model `{name}` does not exist.", "model")
         return self._card(name)
 
@@ -101,9 +113,10 @@ class AdapterCatalog:
 
         Raises:
             Invalid: one of them is refused.
-            Unavailable: the engine is not there.
+            Unavailable: one can't be read now, or the engine is not there.
         """
-        missing = {name for name in names if name is not None and not self._is_current(name)}
+        asked = {name for name in names if name is not None}
+        missing = [name for name in asked if not await self._is_current(name)]
         for name in missing:
             if name not in self._loads:
                 load = self._loads[name] = asyncio.create_task(self._load_from_directory(name))
@@ -118,13 +131,14 @@ class AdapterCatalog:
             Forbidden: loading is not enabled.
             Invalid: the adapter or its place is refused, or the name is taken.
             NotFound: there is no such directory.
+            Unavailable: it can't be read now, or the engine is not there.
         """
         self._check_enabled()
         if name in self._config.served_model_names:
             raise Invalid(
                 f"The lora adapter '{name}' conflicts with a served base model.", "lora_name"
             )
-        directory = await asyncio.to_thread(confined, path, self._config.adapter_roots)
+        directory = await self._directories.confined(path, self._config.adapter_roots)
         async with self._lock(name):
             if name in self.loaded and not replace:
                 raise Invalid(
@@ -177,11 +191,12 @@ class AdapterCatalog:
 
     async def _load_from_directory(self, name: str) -> None:
         async with self._lock(name):
-            if self._is_current(name):
+            if await self._is_current(name):
                 return
             assert self._config.lora_dir is not None
-            directory = await asyncio.to_thread(confined, name, [self._config.lora_dir], "model")
-            signature, known = signature_of(directory), name in self.loaded
+            roots = [self._config.lora_dir]
+            directory = await self._directories.confined(name, roots, "model")
+            signature, known = await self._directories.signature(directory), name in self.loaded
             try:
                 await self._client.load_adapter(name, directory, replace=known, pinned=False)
             except AdapterRefused as error:
@@ -193,66 +208,10 @@ class AdapterCatalog:
                 )
             self.loaded[name] = Loaded(directory, False, int(time.time()), signature)
 
-    def _is_current(self, name: str) -> bool:
+    async def _is_current(self, name: str) -> bool:
         """Whether the engine has what the disk has, as far as there still is something."""
         one = self.loaded.get(name)
         if one is None or one.signature is None:
             return one is not None
-        return signature_of(one.path) == one.signature or not self._in_directory(name)
-
-    def _in_directory(self, name: str) -> bool:
-        root = self._config.lora_dir
-        if root is None or not is_adapter_name(name) or "/" in name or name in (".", ".."):
-            return False
-        try:
-            return (root / name / CONFIG_FILE).is_file()
-        except OSError:  # longer than a file's name may be
-            return False
-
-    def _directory_names(self) -> list[str]:
-        if self._config.lora_dir is None:
-            return []
-        names = (file.parent.name for file in self._config.lora_dir.glob(f"*/{CONFIG_FILE}"))
-        return [name for name in names if is_adapter_name(name)]
-
-
-def confined(path: str, roots: Sequence[Path], param: str = "lora_path") -> Path:
-    """A directory inside one of `roots`, all links followed, and all that lies in it as well.
-
-    Args:
-        path: absolute, or relative to one of them.
-        roots: directories.
-        param: the field that errors name.
-
-    Raises:
-        Invalid: it lies elsewhere, or something in it does.
-        NotFound: there is no such directory.
-    """
-    allowed = [root.resolve() for root in roots]
-
-    def is_inside(place: Path) -> bool:
-        return any(place.is_relative_to(root) for root in allowed)
-
-    outside = False
-    try:
-        for root in allowed:
-            directory = (root / path).resolve()
-            if not is_inside(directory):
-                outside = True
-            elif directory.is_dir():
-                for file in directory.iterdir():
-                    if not is_inside(file.resolve()):
-                        raise Invalid(
-                            f"{path}: {file.name} is a link to a place outside the directories "
-                            "that adapters may be loaded from",
-                            param,
-                        )
-                return directory
-    except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
-        raise Invalid(f"{path!r} is no path: {error}", param) from error
-    if outside:
-        raise Invalid(
-            f"{path} is outside the directories that adapters may be loaded from (--lora-roots)",
-            param,
-        )
-    raise NotFound(f"{path}: no such directory", param)
+        found = await self._directories.signature(one.path)
+        return found == one.signature or not await self._directories.has(name)

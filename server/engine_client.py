@@ -326,7 +326,10 @@ class EngineClient:
     # Adapters
 
     async def load_adapter(self, name: str, path: Path, *, replace: bool, pinned: bool) -> None:
-        """Raises AdapterRefused with the reason, or Unavailable if the engine dies meanwhile."""
+        """Raises AdapterRefused with the reason, or Unavailable.
+
+        The latter if the adapter can't be read now, or the engine dies meanwhile.
+        """
         await self._call(lambda call: LoadAdapter(call, name, str(path), replace, pinned))
 
     async def unload_adapter(self, name: str) -> None:
@@ -339,6 +342,8 @@ class EngineClient:
         future = self._calls[call] = asyncio.get_running_loop().create_future()
         self._send(message(call))
         done = await future
+        if done.error is not None and done.unavailable:
+            raise Unavailable(done.error, retry_after=5)
         if done.error is not None:
             raise AdapterRefused(done.error)
 

@@ -49,6 +49,7 @@ _REPORT_IDLE_S = 1.0
 _LINGER_MS = 1000  # for the last words
 _PROMPT_PART = 256  # positions
 _RECEIVE_S = 0.01  # in which messages are taken between two steps
+_CALLS = 32  # at a time: threads that wait for those that read
 _CALL_POLL_MS = 5  # while adapters are being loaded and no step runs
 
 logger = logging.getLogger("slora_jax.server")
@@ -65,7 +66,7 @@ class EngineProcess:
     def __init__(self, engine: "Engine", socket: zmq.Socket) -> None:
         self._engine = engine
         self._socket = socket
-        self._threads = ThreadPoolExecutor(engine.options.lora_load_threads, "calls")
+        self._threads = ThreadPoolExecutor(_CALLS, "calls")
         self._calls = 0  # under way
         self._done: SimpleQueue[Done] = SimpleQueue()
         self._reported = 0.0
@@ -130,18 +131,18 @@ class EngineProcess:
 
     def _call(self, call: int, function: Callable[[], object]) -> None:
         """Has a thread do what may take long, so that steps go on."""
-        from slora_jax import AdapterError
+        from slora_jax import AdapterError, AdapterUnavailable
 
         def run() -> None:
-            error = None
+            error, unavailable = None, False
             try:
                 function()
             except AdapterError as refusal:
-                error = str(refusal)
+                error, unavailable = str(refusal), isinstance(refusal, AdapterUnavailable)
             except Exception as unexpected:
                 logger.exception("a call failed")
                 error = f"{type(unexpected).__name__}: {unexpected}"
-            self._done.put(Done(call, error))
+            self._done.put(Done(call, error, unavailable))
 
         self._calls += 1
         self._threads.submit(run)

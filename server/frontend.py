@@ -22,7 +22,7 @@ from slora_jax.cluster import Cluster
 from slora_jax.core import RequestError
 from slora_jax.openai.chat import ChatCompletionRequest
 from slora_jax.openai.completions import CompletionRequest
-from slora_jax.openai.selection import find_adapters
+from slora_jax.openai.selection import find_adapters, names_in
 from slora_jax.openai.tokens import TokenTexts
 from slora_jax.stats import EngineStats
 from slora_jax.tokenizer import load_tokenizer
@@ -146,7 +146,9 @@ class FrontEnd:
         ready = self._check_open()
         self.config.check(request)
         try:
-            adapters = find_adapters(request, self.config.served_model_names, self.catalog)
+            bases = self.config.served_model_names
+            known = await self.catalog.known(names_in(request, bases))
+            adapters = find_adapters(request, bases, known)
             tenant = key or next(filter(None, adapters), self.config.base_name)
             count = request.num_prompts * request.n
             admission = self.admission

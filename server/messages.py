@@ -146,10 +146,11 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """A call has ended; `error` says why in vain."""
+    """A call has ended; `error` says why in vain, and `unavailable` whether it may help to wait."""
 
     call: int
     error: str | None
+    unavailable: bool = False
 
 
 class Report(msgspec.Struct, frozen=True, tag=True):

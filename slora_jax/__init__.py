@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slora_jax.adapters.peft import AdapterError as AdapterError
+    from slora_jax.adapters.errors import AdapterError as AdapterError
+    from slora_jax.adapters.errors import AdapterUnavailable as AdapterUnavailable
     from slora_jax.config import EngineConfig as EngineConfig
     from slora_jax.config import ModelConfig as ModelConfig
     from slora_jax.core import EngineDeadError as EngineDeadError
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdapterError": "slora_jax.adapters.peft",
+    "AdapterError": "slora_jax.adapters.errors",
+    "AdapterUnavailable": "slora_jax.adapters.errors",
     "Engine": "slora_jax.engine.engine",
     "EngineConfig": "slora_jax.config",
     "EngineDeadError": "slora_jax.core",
@@ -39,6 +41,7 @@ _HOME = {
 
 __all__ = [
     "AdapterError",
+    "AdapterUnavailable",
     "Engine",
     "EngineConfig",
     "EngineDeadError",

@@ -123,6 +123,7 @@ class EngineConfig(SchedulingOptions):
         max_cpu_lora_gib: GiB of host memory for adapters; None: half of the machine's, on a GPU no
             more than JAX has page-locked memory for.
         lora_load_threads: threads that read adapters from their directories.
+        lora_load_timeout_s: seconds that reading one may take.
         max_logprobs: most log-probabilities a position that a request may ask for; -1: all.
         seed: of requests that bring none.
         compilation_cache_dir: where compiled programs are kept for the next start, unless JAX was
@@ -146,6 +147,7 @@ class EngineConfig(SchedulingOptions):
     max_cpu_loras: int | None = None
     max_cpu_lora_gib: float | None = None
     lora_load_threads: int = 4
+    lora_load_timeout_s: float = 120.0
     max_logprobs: int = 20
     seed: int = 0
     compilation_cache_dir: str | None = "~/.cache/slora-jax"
@@ -186,6 +188,7 @@ class EngineConfig(SchedulingOptions):
                 "above 0",
             ),
             "lora_load_threads": (self.lora_load_threads >= 1, "at least 1"),
+            "lora_load_timeout_s": (self.lora_load_timeout_s > 0, "above 0"),
             "max_logprobs": (self.max_logprobs >= -1, "at least 0, or -1 for all"),
         }
         for name, (good, allowed) in checks.items():

@@ -18,16 +18,16 @@ _CHANGE_ERRORS = {**BODY_ERRORS, **documented(403, 404, 503)}
 _DONE = {200: {"description": "Done.", "content": {"text/plain": {"example": "Success: …"}}}}
 
 
-@router.get("/v1/models", responses=documented(401))
+@router.get("/v1/models", responses=documented(401, 503))
 async def list_models(front: Front) -> ModelList:
     """The base model and all adapters, those of `--lora-dir` that no request has named included."""
     return ModelList(data=await front.catalog.cards())
 
 
-@router.get("/v1/models/{model_id:path}", responses=documented(401, 404))
+@router.get("/v1/models/{model_id:path}", responses=documented(401, 404, 503))
 async def show_model(model_id: str, front: Front) -> ModelCard:
     """The base model or an adapter."""
-    return front.catalog.card(model_id)
+    return await front.catalog.card(model_id)
 
 
 @router.post(

@@ -16,7 +16,7 @@ from server.writing import write
 from slora_jax import __version__
 from slora_jax.core import RequestError
 from slora_jax.openai.errors import UnknownModelError
-from slora_jax.openai.selection import find_adapter
+from slora_jax.openai.selection import find_adapter, names_of
 from slora_jax.openai.tokenization import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -178,11 +178,12 @@ async def status(front: Front) -> Status:
 _TOKEN_ERRORS = {**BODY_ERRORS, **documented(404, 503)}
 
 
-def _check_model(front: Front, model: str | None) -> None:
+async def _check_model(front: Front, model: str | None) -> None:
     """Raises NotFound unless `model` is absent, the base model or an adapter: all share tokens."""
     if model is not None:
+        bases = front.config.served_model_names
         try:
-            find_adapter(model, front.config.served_model_names, front.catalog)
+            find_adapter(model, bases, await front.catalog.known(names_of(model, bases)))
         except UnknownModelError as error:
             raise NotFound(str(error), "model") from error
 
@@ -199,7 +200,7 @@ def _most_tokens(max_model_len: int) -> int:
 )
 async def tokenize(body: TokenizeRequest, front: Front) -> Response:
     """Token ids of a prompt, or of a conversation."""
-    _check_model(front, body.model)
+    await _check_model(front, body.model)
     max_model_len = front.client.check_ready().max_model_len
     most = _most_tokens(max_model_len)
     limit = Limit(most, RequestError(f"the text has over {most} tokens: send it in parts"))
@@ -233,7 +234,7 @@ async def tokenize(body: TokenizeRequest, front: Front) -> Response:
 )
 async def detokenize(body: DetokenizeRequest, front: Front) -> Response:
     """The text of tokens."""
-    _check_model(front, body.model)
+    await _check_model(front, body.model)
     front.prompts.need_tokenizer()
     ready, tokens = front.client.check_ready(), body.tokens
     most, vocab = _most_tokens(ready.max_model_len), ready.vocab_size

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.adapters.host_cache import HostCache
-from slora_jax.adapters.peft_config import AdapterError
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 
 _POLL_S = 50e-6

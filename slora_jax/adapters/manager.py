@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +13,18 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.loader import AdapterLoader, Staged
-from slora_jax.adapters.peft import CONFIG_FILE, AdapterError, signature_of
+from slora_jax.adapters.peft import CONFIG_FILE, signature_of
 from slora_jax.adapters.reader import HostAdapter
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.adapters.store import AdapterStore, AdapterVersion
 from slora_jax.core import Install, Request
 from slora_jax.pool.allocator import PagePool
 from slora_jax.stats import AdapterStats
+
+_LOADS = 32  # at a time: threads that wait for those that read
 
 
 class Device[S: Staged](Protocol):
@@ -72,7 +75,7 @@ class AdapterManager[S: Staged]:
         staging_pages: of the device's memory, for copies.
         requests: gives those in progress.
         page_size: tokens of a KV page.
-        threads: that read.
+        reads: threads that call `read`.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class AdapterManager[S: Staged]:
         staging_pages: int,
         requests: Callable[[], Iterable[Request]],
         page_size: int,
-        threads: int,
+        reads: Executor,
     ):
         self._lock = lock
         self._read = read
@@ -95,7 +98,7 @@ class AdapterManager[S: Staged]:
         self._pool = pool
         self._requests = requests
         self._page_size = page_size
-        self._threads = threads
+        self._reads = reads
         self._staging = Lock()  # one pin at a time copies; taken before the engine's lock
         self.host = host
         self.store = AdapterStore(self._free)
@@ -113,7 +116,8 @@ class AdapterManager[S: Staged]:
 
         with self._lock:
             self._check_name(name, replace)
-        self.add(name, self._read(path, name), replace=replace, pinned=pinned)
+        adapter = self._reads.submit(self._read, path, name).result()
+        self.add(name, adapter, replace=replace, pinned=pinned)
 
     def add(
         self, name: str, adapter: HostAdapter, *, replace: bool = False, pinned: bool = False
@@ -288,7 +292,7 @@ class AdapterManager[S: Staged]:
         if not paths:
             return failed
         bar = Progress(console=Console(stderr=True), disable=not progress)
-        with bar, ThreadPoolExecutor(self._threads) as threads:
+        with bar, ThreadPoolExecutor(_LOADS) as threads:
             reads = {
                 threads.submit(
                     self.load, name, path, replace=name in replace, pinned=name in pinned
@@ -336,8 +340,10 @@ class AdapterManager[S: Staged]:
         with self._lock:
             if version.id in self.cache:
                 return None
-            adapter, paths = adapter or self.host.get(version.id), self.store.paths_of(version)
-        staged = self._device.stage(adapter or self.loader.read(paths, version.id))
+            found, paths = adapter or self.host.get(version.id), self.store.paths_of(version)
+        if found is None:
+            found = self._reads.submit(self.loader.read, paths, version.id).result()
+        staged = self._device.stage(found)
         staged.wait()
         return staged
 

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.layout import SLAB_RANKS, TILE_ELEMS, PageLayout, ceil_div
 from pallas_kernels.slabs import pack_matrix
-from slora_jax.adapters.peft import Adapter, AdapterError, LoraPair
+from slora_jax.adapters.errors import AdapterError
+from slora_jax.adapters.peft import Adapter, LoraPair
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES
 from slora_jax.model.shards import ModelShards
 

@@ -6,6 +6,7 @@ is not understood is refused, so that nobody gets the base's output under an ada
 """
 
 import hashlib
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slora_jax.adapters.peft_config import AdapterError as AdapterError
+from slora_jax.adapters.errors import AdapterError
+from slora_jax.adapters.files import Deadline, read_file
 from slora_jax.adapters.peft_config import LoraConfig
-from slora_jax.adapters.peft_tensors import AdapterTensors, Tensor, module_paths
+from slora_jax.adapters.peft_tensors import MOST_HEADER, AdapterTensors, Tensor, module_paths
 from slora_jax.config import ModelConfig
 
 type Signature = tuple[tuple[int, int, int], ...]
@@ -24,7 +26,9 @@ type Signature = tuple[tuple[int, int, int], ...]
 CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
+_MOST_CONFIG = 1 << 20  # bytes; PEFT writes about 1 kB, and 60 for each module with its own rank
 
+_SAVE_AGAIN = "Give a directory that PEFT's save_pretrained wrote"
 # Without single quotes, so that a shell's quoting leaves it readable.
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
@@ -83,6 +87,7 @@ def read_adapter(
     name: str | None = None,
     max_rank: int | None = None,
     base_weight: Callable[[str], np.ndarray] | None = None,
+    time_limit_s: float = math.inf,
 ) -> Adapter:
     """Reads the directory that PEFT's `save_pretrained` wrote.
 
@@ -95,22 +100,32 @@ def read_adapter(
             both beside LoRA on either; without this, or if they differ, they are refused. A copy
             that is the base's but for its narrower dtype is accepted, and the base served, where
             PEFT would serve the rounded copy.
+        time_limit_s: after which reading is given up.
 
     Raises:
         AdapterError: damaged, not for this base, or not to be served faithfully.
+        AdapterUnavailable: its files cannot be read now, or not in time.
     """
-    directory = Path(path)
+    directory, deadline = Path(path), Deadline(time_limit_s)
     if not directory.is_dir():
         raise AdapterError(
             f"{directory}: no such directory. Give one on this machine that holds {CONFIG_FILE}"
         )
     config_file, tensor_file = files_of(directory)
-    config_content = _read(config_file, "Give a directory that PEFT's save_pretrained wrote")
+    try:
+        config_content = read_file(config_file, _MOST_CONFIG, _SAVE_AGAIN, deadline)
+    except FileNotFoundError:
+        raise AdapterError(f"{config_file}: no such file. {_SAVE_AGAIN}") from None
     lora = LoraConfig.parse(config_content, config_file)
-    tensor_content = _read(tensor_file, _how_to_get_tensors(directory))
+    try:
+        tensor_content = read_file(tensor_file, *_most_tensors(config, max_rank), deadline)
+    except FileNotFoundError:
+        remedy = _how_to_get_tensors(directory)
+        raise AdapterError(f"{tensor_file}: no such file. {remedy}") from None
     tensors = AdapterTensors.parse(tensor_content, config, tensor_file)
     _check_base_copies(tensors, base_weight)
-    layers, outer = _pairs(tensors, lora, config, max_rank)
+    deadline.check(tensor_file)
+    layers, outer = _pairs(tensors, lora, config, max_rank, deadline)
     if lora.tied and config.tie_word_embeddings:
         _check_tied(outer, tensor_file)
     return Adapter(
@@ -139,16 +154,22 @@ def signature_of(directory: Path) -> Signature:
     return tuple(found)
 
 
-def _read(file: Path, remedy: str) -> bytes:
-    """The whole file at once, so that what is served and its digest are of the same bytes."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise AdapterError(f"{file}: no such file. {remedy}") from None
-    except OSError as error:
-        raise AdapterError(
-            f"{file}: cannot be read ({error.strerror}). Check the file and its permissions"
-        ) from error
+def _most_tensors(config: ModelConfig, max_rank: int | None) -> tuple[int, str]:
+    """Bytes that a file of tensors may have, and what to do about a larger one.
+
+    As many as float64 takes: what is a little too large is refused for a reason of its own.
+    """
+    shapes = [config.projection_shape(place.module) for place in module_paths(config).values()]
+    rank = max(map(max, shapes)) if max_rank is None else max_rank
+    factors = sum(inputs + outputs for inputs, outputs in shapes) * rank
+    base_copies = 2 * config.vocab_size * config.hidden_size
+    remedy = (
+        "Serve the adapter with the base it was trained on"
+        if max_rank is None
+        else f"An adapter of this base has less, up to max_lora_rank = {max_rank}: serve it with "
+        "the base it was trained on, or raise max_lora_rank"
+    )
+    return 8 * (factors + base_copies) + MOST_HEADER, remedy
 
 
 def _how_to_get_tensors(directory: Path) -> str:
@@ -162,7 +183,11 @@ def _how_to_get_tensors(directory: Path) -> str:
 
 
 def _pairs(
-    tensors: AdapterTensors, lora: LoraConfig, config: ModelConfig, max_rank: int | None
+    tensors: AdapterTensors,
+    lora: LoraConfig,
+    config: ModelConfig,
+    max_rank: int | None,
+    deadline: Deadline,
 ) -> tuple[tuple[dict[str, LoraPair], ...], dict[str, LoraPair]]:
     """The pairs of each layer, and those outside the layers."""
     layers = tuple({} for _ in range(config.num_hidden_layers))
@@ -170,6 +195,7 @@ def _pairs(
     for module_path, (layer, module) in module_paths(config).items():
         if module_path not in tensors.factors:
             continue
+        deadline.check(tensors.file)
         a, b = _matching_factors(module_path, config.projection_shape(module), tensors, lora)
         rank = a.shape[0]
         if max_rank is not None and rank > max_rank:

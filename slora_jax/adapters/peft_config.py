@@ -16,6 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from slora_jax.adapters.errors import AdapterError
+from slora_jax.adapters.patterns import ModulePatterns
+
 READ_FIELDS = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "init_lora_weights", "ensure_weight_tying",
@@ -62,10 +65,6 @@ _CONVERTIBLE_INIT = re.compile(r"pissa(_niter_[0-9]+)?|olora|corda|lora_ga", re.
 _LARGEST_ALPHA = float(np.finfo(np.float32).max)  # scales are float32 on the device
 
 
-class AdapterError(ValueError):
-    """An adapter that cannot be served; the message says why, in which file, and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
     """The fields of PEFT's `LoraConfig` that decide what the stored tensors mean.
@@ -75,8 +74,8 @@ class LoraConfig:
         rank: `r`.
         alpha: `lora_alpha`.
         use_rslora: divide alpha by the root of the rank, not the rank.
-        rank_pattern: regular expression of module paths -> rank, in the file's order.
-        alpha_pattern: regular expression of module paths -> alpha, in the file's order.
+        rank_pattern: ranks of modules that have another one.
+        alpha_pattern: alphas of modules that have another one.
         tied: `ensure_weight_tying`: on a base with tied embeddings, `embed_tokens` and `lm_head`
             share one pair of matrices.
     """
@@ -85,8 +84,8 @@ class LoraConfig:
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: ModulePatterns[int]
+    alpha_pattern: ModulePatterns[float]
     tied: bool
 
     @classmethod
@@ -122,22 +121,18 @@ class LoraConfig:
 
     def rank_of(self, module_path: str) -> tuple[int, str]:
         """The rank of a module such as `model.layers.0.mlp.up_proj`, and the field that says so."""
-        pattern = _first_match(self.rank_pattern, module_path)
-        if pattern is None:
+        found = self.rank_pattern.find(module_path)
+        if found is None:
             return self.rank, "r"
-        return self.rank_pattern[pattern], f"rank_pattern[{pattern!r}]"
+        pattern, rank = found
+        return rank, f"rank_pattern[{pattern!r}]"
 
     def scale_of(self, module_path: str) -> float:
         """What `xAᵀBᵀ` is multiplied by."""
-        pattern = _first_match(self.alpha_pattern, module_path)
-        alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
+        found = self.alpha_pattern.find(module_path)
+        alpha = self.alpha if found is None else found[1]
         rank, _ = self.rank_of(module_path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _first_match(patterns: Mapping[str, Any], module_path: str) -> str | None:
-    """The first key that matches the path or whole components at its end: PEFT's rule."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module_path)), None)
 
 
 def _json_object(content: bytes, file: Path) -> dict[str, Any]:
@@ -218,20 +213,12 @@ def _flag(field: str, value: object, file: Path) -> bool:
 
 def _patterns[T](
     field: str, value: object, check: Callable[[str, object, Path], T], file: Path
-) -> dict[str, T]:
-    if value is None:
-        return {}
+) -> ModulePatterns[T]:
+    value = {} if value is None else value
     if not isinstance(value, dict):
         raise AdapterError(
             f"{file}: {field} = {value!r} is not an object. "
             "Write a regular expression of module paths for each value, or {}"
         )
-    for key in value:
-        try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise AdapterError(
-                f"{file}: {field} has the key {key!r}, not a regular expression ({error}). "
-                "Correct it"
-            ) from error
-    return {key: check(f"{field}[{key!r}]", item, file) for key, item in value.items()}
+    values = {key: check(f"{field}[{key!r}]", item, file) for key, item in value.items()}
+    return ModulePatterns(field, values, file)

@@ -15,8 +15,11 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from slora_jax.adapters.peft_config import AdapterError
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
+
+MOST_HEADER = 8 << 20  # bytes; of an adapter of Llama-3.1-405B less than 300 kB
+_LONGEST_KEY = 512  # characters; patterns below take quadratic time
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -134,6 +137,12 @@ def _is_served(match: re.Match[str], paths: Mapping[str, Place]) -> bool:
 
 def _load(content: bytes, file: Path) -> list[Tensor]:
     """The tensors in order of their names, so that of several faults always the same is told."""
+    header = int.from_bytes(content[:8], "little")
+    if len(content) >= 8 and MOST_HEADER < header <= len(content):
+        raise AdapterError(
+            f"{file}: its header has {header} bytes, more than {MOST_HEADER}. "
+            "Save the adapter with save_pretrained"
+        )
     try:
         stored = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
@@ -149,12 +158,20 @@ def _load(content: bytes, file: Path) -> list[Tensor]:
 
 def _array(key: str, entry: Mapping[str, Any], file: Path) -> np.ndarray:
     dtype = _DTYPES.get(entry["dtype"])
+    if len(key) > _LONGEST_KEY:
+        raise AdapterError(
+            f"{file}: {key[:_LONGEST_KEY]}… is longer than a tensor's name may be. "
+            "Save the adapter with save_pretrained"
+        )
     if dtype is None:
         raise AdapterError(
             f"{file}: {key} has the dtype {entry['dtype']}. "
             "Save the adapter in float32, float16 or bfloat16"
         )
-    array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    try:
+        array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    except ValueError as error:  # more dimensions than NumPy has
+        raise AdapterError(f"{file}: {key} is no matrix ({error}). Save it again") from error
     array.flags.writeable = False
     return array
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a PEFT directory to an adapter in host memory, ready to be copied to the device."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from jaxtyping import Array
 from pallas_kernels.layout import PageLayout
 from sharding import Placement
 from sharding.specs import PAGES
+from slora_jax.adapters.errors import AdapterError, AdapterUnavailable
 from slora_jax.adapters.pack import PackedAdapter, num_pages, pack
-from slora_jax.adapters.peft import AdapterError, Signature, read_adapter, signature_of
+from slora_jax.adapters.peft import Signature, read_adapter, signature_of
 from slora_jax.config import LAYER_MODULES
 from slora_jax.model.formats import open_checkpoint
 from slora_jax.model.shards import ModelShards
@@ -77,6 +79,7 @@ class AdapterReader:
         model_dir: the base model's checkpoint, to compare with the copies of its embeddings that
             PEFT saves; None for random weights.
         placement: the devices.
+        time_limit_s: of each read.
         memory_kind: of JAX, where adapters are kept: "pinned_host", memory of the host that
             devices copy from; "device" on a CPU.
     """
@@ -91,6 +94,7 @@ class AdapterReader:
         capacity: int,
         model_dir: Path | None,
         placement: Placement,
+        time_limit_s: float = math.inf,
         memory_kind: str = "device",
     ):
         self._model = model
@@ -100,6 +104,7 @@ class AdapterReader:
         self._capacity = capacity
         self._model_dir = model_dir
         self._placement = placement
+        self._time_limit_s = time_limit_s
         self._memory_kind = memory_kind
 
     def read(self, path: str | Path, name: str | None = None) -> HostAdapter:
@@ -107,6 +112,7 @@ class AdapterReader:
 
         Raises:
             AdapterError: it is not served as PEFT would; `name` is what the message calls it.
+            AdapterUnavailable: it cannot be read now, or not in time.
         """
         path = Path(os.path.abspath(path))
         signature = signature_of(path)
@@ -116,6 +122,7 @@ class AdapterReader:
             name=name,
             max_rank=self._max_rank,
             base_weight=self._read_base if self._model_dir else None,
+            time_limit_s=self._time_limit_s,
         )
         pages = num_pages(adapter, self._model, self._layout)
         if pages > self._capacity:
@@ -161,7 +168,7 @@ def host_adapter(
         packed: what each of this process's devices holds, by its place on the tensor axis.
 
     Raises:
-        AdapterError: there is no page-locked memory left.
+        AdapterUnavailable: there is no page-locked memory left.
     """
     one = next(iter(packed.values()))
     chunks, first = [], 0
@@ -173,7 +180,7 @@ def host_adapter(
             first += size
         jax.block_until_ready(chunks)
     except jax.errors.JaxRuntimeError as error:
-        raise AdapterError(
+        raise AdapterUnavailable(
             f"{path}: no page-locked memory is left for it. Lower max_cpu_lora_gib, or raise "
             "the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
         ) from error

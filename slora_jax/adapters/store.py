@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from slora_jax.adapters.peft_config import AdapterError
+from slora_jax.adapters.errors import AdapterError
 
 
 class Read(Protocol):

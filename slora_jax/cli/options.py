@@ -62,6 +62,7 @@ _ENGINE_HELP: Mapping[str, str] = {
     "max_cpu_loras": "most adapters in host memory; others are read again (default: no limit)",
     "max_cpu_lora_gib": "GiB of host memory for adapters (default: half of it)",
     "lora_load_threads": "threads that read adapters from the disk",
+    "lora_load_timeout_s": "seconds that reading an adapter may take",
     "max_logprobs": "most log-probabilities a position that may be asked for; -1: all",
     "seed": "of requests that bring none",
     "compilation_cache_dir": "where compiled programs are kept for the next start",
@@ -287,7 +288,7 @@ def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
     cluster = cluster_of(args)
     try:
         peers = ALONE if cluster is None else cluster.join()
-        from slora_jax.adapters.peft import AdapterError
+        from slora_jax.adapters.errors import AdapterError
         from slora_jax.engine.engine import Engine  # JAX takes a second to import
 
         engine = Engine(args.model, peers=peers, progress=progress, **engine_options(args))

@@ -12,7 +12,13 @@ from slora_jax.cluster import Peers
 from slora_jax.engine.setup import Setup
 from slora_jax.scheduling.options import SchedulingOptions
 
-_OWN = ("compilation_cache_dir", "lora_load_threads", "max_cpu_loras", "max_cpu_lora_gib")
+_OWN = (
+    "compilation_cache_dir",
+    "lora_load_threads",
+    "lora_load_timeout_s",
+    "max_cpu_loras",
+    "max_cpu_lora_gib",
+)
 
 
 def processes_here(peers: Peers) -> int:

@@ -5,7 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.manager import AdapterManager, Rescan
+from slora_jax.adapters.reads import Reads
 from slora_jax.cluster import ALONE, Peers
 from slora_jax.config import EngineConfig
 from slora_jax.core import (
@@ -110,6 +111,7 @@ class Engine:
             self._followers = Followers(peers)
             self.runner = LeadingRunner(weights, self.setup, self._followers)
             read = reading(self._followers, read)
+        reads = Reads("adapters", self.options.lora_load_threads, self.options.lora_load_timeout_s)
         self._lock = threading.RLock()  # of all below; not held while the device or a file is read
         self.adapters = AdapterManager(
             self._lock,
@@ -120,12 +122,12 @@ class Engine:
             host=HostCache(
                 self.options.max_cpu_loras,
                 host_bytes(self.options),
-                ThreadPoolExecutor(self.options.lora_load_threads, "adapters"),
+                reads,
             ),
             staging_pages=staging_pages(self.setup),
             requests=lambda: self.scheduler.requests,
             page_size=self.options.page_size,
-            threads=self.options.lora_load_threads,
+            reads=reads,
         )
         self.cost_model = CostModel()  # learns from every step what the next ones will take
         step_tokens = self.options.max_num_batched_tokens

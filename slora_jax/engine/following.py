@@ -8,11 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slora_jax.adapters.peft import AdapterError
+from slora_jax.adapters.errors import AdapterError, AdapterUnavailable
 from slora_jax.adapters.reader import AdapterReader, HostAdapter
+from slora_jax.adapters.reads import Reads
 from slora_jax.cluster import ClusterError, Peers
 from slora_jax.config import EngineConfig
 from slora_jax.engine.command import StepCommand
@@ -32,6 +34,8 @@ from slora_jax.engine.link import (
 from slora_jax.engine.runner import ModelRunner, StagedAdapter
 from slora_jax.engine.sizing import host_bytes
 from slora_jax.engine.start import adapter_reader, load_model
+
+_COPIES = 32  # at a time: threads that wait for the device or for those that read
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +62,10 @@ class Follower:
         weights, setup = load_model(model_dir, EngineConfig(**options), peers, progress=progress)
         self._runner = ModelRunner(weights, setup)
         self._reader: AdapterReader = adapter_reader(setup, model_dir)
-        threads = setup.options.lora_load_threads
-        self._reads = ThreadPoolExecutor(threads, "reads")
-        self._copying = ThreadPoolExecutor(threads, "copies")  # no copy waits for the disk
+        self._reads = Reads(
+            "reads", setup.options.lora_load_threads, setup.options.lora_load_timeout_s
+        )
+        self._copying = ThreadPoolExecutor(_COPIES, "copies")  # no copy waits for the disk
         self._host = _Host(setup.options.max_cpu_loras, host_bytes(setup.options))
         self._copies: dict[int, Future[StagedAdapter]] = {}
         self._channel = peers.channels[0]
@@ -99,26 +104,27 @@ class Follower:
                 for number in numbers:
                     self._copies.pop(number, None)
             case Read():
-                self._reads.submit(self._read, command)
+                read = self._reads.submit(self._read, command.path)
+                read.add_done_callback(partial(self._tell_of, command))
 
     def _commands(self) -> Iterator[Command]:
         while True:
             yield decode_command(self._channel.receive())
 
-    def _read(self, command: Read) -> None:
-        def read() -> str:
-            adapter = self._reader.read(command.path)
-            self._host.put(adapter)
-            return adapter.id
+    def _read(self, path: str) -> str:
+        adapter = self._reader.read(path)
+        self._host.put(adapter)
+        return adapter.id
 
+    def _tell_of(self, command: Read, read: Future[str]) -> None:
         with suppress(Exception):  # the reply says it
-            self._replying(command.number, read, lambda adapter_id: adapter_id)
+            self._replying(command.number, read.result, lambda adapter_id: adapter_id)
 
     def _stage(self, command: Stage) -> StagedAdapter:
         def stage() -> StagedAdapter:
             adapter = self._host.get(command.adapter_id)
             if adapter is None:  # forgotten here, not yet there
-                adapter = self._reader.read(command.path)
+                adapter = self._reads.submit(self._reader.read, command.path).result()
                 if adapter.id != command.adapter_id:
                     raise AdapterError(f"{command.path}: the files have changed")
                 self._host.put(adapter)
@@ -133,7 +139,8 @@ class Follower:
         try:
             result = act()
         except Exception as problem:
-            self._say(Reply(number, None, describe(problem)))
+            unavailable = isinstance(problem, AdapterUnavailable)
+            self._say(Reply(number, None, describe(problem), unavailable))
             raise
         self._say(Reply(number, found(result), None))
         return result

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import finalize
 
-from slora_jax.adapters.peft import AdapterError
+from slora_jax.adapters.errors import AdapterError, AdapterUnavailable
 from slora_jax.adapters.reader import HostAdapter
 from slora_jax.cluster import Channel, ClusterError, Peers
 from slora_jax.core import Install
@@ -182,7 +182,8 @@ def reading(followers: Followers, read: Callable[..., HostAdapter]) -> Callable[
             followers.forget(number)
         for reply in replies or ():
             if reply.error is not None:
-                raise AdapterError(f"another process of the engine refuses it: {reply.error}")
+                kind = AdapterUnavailable if reply.unavailable else AdapterError
+                raise kind(f"another process of the engine refuses it: {reply.error}")
             if reply.adapter_id != adapter.id:
                 raise AdapterError(
                     f"{path}: another process of the engine finds other files there. Adapters' "

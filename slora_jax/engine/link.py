@@ -59,11 +59,15 @@ type Command = Read | Stage | Drop | Enter | StepCommand | End
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What became of a command of this number: the adapter's id, or what is wrong."""
+    """What became of a command of this number: the adapter's id, or what is wrong.
+
+    `unavailable`: it may help to wait.
+    """
 
     number: int
     adapter_id: str | None
     error: str | None
+    unavailable: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):

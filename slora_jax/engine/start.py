@@ -65,5 +65,6 @@ def adapter_reader(setup: Setup, model_dir: Path) -> AdapterReader:
         capacity=options.num_pages - 1,
         model_dir=None if options.load_format == "dummy" else model_dir,
         placement=setup.placement,
+        time_limit_s=options.lora_load_timeout_s,
         memory_kind="device" if jax.default_backend() == "cpu" else "pinned_host",
     )

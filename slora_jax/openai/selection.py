@@ -38,6 +38,19 @@ def find_adapter(
     return lora_path
 
 
+def names_in(request: GenerationRequest, base_names: Collection[str]) -> set[str]:
+    """All that a request may name as an adapter."""
+    paths = request.lora_path if isinstance(request.lora_path, list) else [request.lora_path]
+    return {path for path in paths if path is not None} | names_of(request.model, base_names)
+
+
+def names_of(model: str, base_names: Collection[str]) -> set[str]:
+    """All that `model` may name as an adapter: itself, and what follows the base's name."""
+    if model in base_names:
+        return set()
+    return {model, *(model.removeprefix(f"{base}:") for base in base_names)}
+
+
 def find_adapters(
     request: GenerationRequest,
     base_names: Collection[str],

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.adapters.host_cache import HostCache
-from slora_jax.adapters.peft import AdapterError
 from tests.adapters.world import PAGE_BYTES, AdapterHost, FakeAdapter, SlowThreads
 
 

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from slora_jax.adapters import peft_config
-from slora_jax.adapters.peft import AdapterError, read_adapter
+from slora_jax.adapters.errors import AdapterError
+from slora_jax.adapters.peft import read_adapter
 from tests.adapters.make import BASE, DTYPES, edit_config, edit_tensors, write_adapter
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -130,7 +131,7 @@ def test_missing_file(tmp_path: Path, file: str):
     assert f"{tmp_path / file}: no such file" in message
     assert "save_pretrained" in message
     (tmp_path / file).mkdir()
-    assert f"{tmp_path / file}: cannot be read" in refusal(tmp_path)
+    assert f"{tmp_path / file}: is a directory, not a file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("pickle", ["adapter_model.bin", "adapter_model.pt"])

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from slora_jax.adapters.peft import AdapterError
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.scheduling.options import POLICIES
 from tests.adapters.world import PAGE_BYTES, AdapterHost
 

@@ -11,8 +11,9 @@ from pallas_kernels.layout import PageLayout
 from pallas_kernels.segments import with_work
 from pallas_kernels.slabs import read_matrix
 from sharding import Placement, tensor_mesh
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.adapters.pack import most_pages, num_pages, pack
-from slora_jax.adapters.peft import AdapterError, read_adapter
+from slora_jax.adapters.peft import read_adapter
 from slora_jax.adapters.reader import CHUNKS, AdapterReader, chunk_sizes, signature_of
 from slora_jax.config import LAYER_MODULES, OUTER_MODULES
 from slora_jax.model.shards import ModelShards

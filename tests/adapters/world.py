@@ -8,9 +8,9 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.manager import AdapterManager
-from slora_jax.adapters.peft import AdapterError
 from slora_jax.adapters.residency import AdapterCache
 from slora_jax.core import Install, Request
 from tests.scheduling.model import Host
@@ -72,6 +72,18 @@ class SlowThreads(Executor):
             future.set_exception(error)
 
 
+class AtOnce(Executor):
+    """Runs what it is given in its caller's thread."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 class SlowCopy:
     def __init__(self, adapter: FakeAdapter):
         self.adapter = adapter
@@ -131,7 +143,7 @@ class AdapterHost(Host):
             staging_pages=staging,
             requests=lambda: self.scheduler.requests,
             page_size=self.page_size,
-            threads=1,
+            reads=AtOnce(),
         )
         return self.manager.cache
 

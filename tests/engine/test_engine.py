@@ -6,7 +6,7 @@ import math
 import pytest
 
 from slora_jax import Engine, SamplingParams
-from slora_jax.adapters.peft import AdapterError
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.config import LAYER_MODULES
 from slora_jax.core import EngineDeadError, FinishReason, RequestError
 from slora_jax.demo import BASE_MODEL, adapter_dirs

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from slora_jax import Engine, SamplingParams
-from slora_jax.adapters.peft import AdapterError
+from slora_jax.adapters.errors import AdapterError
 from slora_jax.core import FinishReason, RequestError, RequestOutput
 from slora_jax.demo import BASE_MODEL
 from slora_jax.hf_config import read_model_config

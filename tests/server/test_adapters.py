@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.catalog import confined
+from server.directories import confined
 from server.errors import Invalid, NotFound
 from slora_jax.demo import adapter_dirs
 from tests.server.running import RunningServer

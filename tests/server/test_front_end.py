@@ -505,11 +505,11 @@ def test_models_are_listed_while_adapters_come_and_go(tmp_path):
     async def story(one: World) -> None:
         catalog = one.front.catalog
 
-        def more() -> list[str]:
+        async def more() -> list[str]:
             catalog.loaded["new"] = Loaded(Path(), False, 0)
             return ["gone", "base"]  # before it could be looked at again; of the base model's name
 
-        catalog._directory_names = more  # type: ignore[method-assign]
+        catalog._directories.names = more  # type: ignore[method-assign]
         cards = (await one.client.get("/v1/models")).json()["data"]
         assert [card["id"] for card in cards] == ["base", "gone", "new"]
         assert (await one.client.get("/v1/models/gone")).status_code == 404
