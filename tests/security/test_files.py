@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save
 
-from slora_jax.adapters import peft_tensors
 from slora_jax.adapters.errors import AdapterError, AdapterUnavailable
 from slora_jax.adapters.files import Deadline, read_file
 from slora_jax.adapters.peft import read_adapter
@@ -40,7 +39,6 @@ def bind(file: Path) -> None:
         (os.mkdir, "directory"),
         (bind, "socket"),
         (lambda file: os.symlink("/dev/zero", file), "device"),
-        (lambda file: os.symlink("/dev/stdin", file), "FIFO|device|file"),
     ],
 )
 def test_what_is_no_file(tmp_path: Path, file: str, make: Callable, kind: str, monkeypatch):
@@ -49,10 +47,7 @@ def test_what_is_no_file(tmp_path: Path, file: str, make: Callable, kind: str, m
     (tmp_path / file).unlink()
     monkeypatch.chdir(tmp_path)
     make(tmp_path / file)
-    if "|" in kind:
-        refusal(tmp_path)
-    else:
-        assert f"{tmp_path / file}: is a {kind}, not a file" in refusal(tmp_path)
+    assert f"{tmp_path / file}: is a {kind}, not a file" in refusal(tmp_path)
 
 
 def test_a_fifo_that_takes_the_place_of_a_file(tmp_path: Path, monkeypatch):
@@ -140,8 +135,7 @@ F32 = {"dtype": "F32", "shape": [8, 32], "data_offsets": [0, 1024]}
         (save({}), "no LoRA matrices"),
     ],
 )
-def test_headers(tmp_path: Path, content: bytes, part: str, monkeypatch):
-    monkeypatch.setattr(peft_tensors, "np", peft_tensors.np)
+def test_headers(tmp_path: Path, content: bytes, part: str):
     (write_adapter(tmp_path, BASE) / TENSORS).write_bytes(content)
     began = time.process_time()
     assert part in refusal(tmp_path, max_rank=None if len(content) > 1 << 20 else 64)

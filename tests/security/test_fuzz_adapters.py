@@ -2,6 +2,7 @@
 """Adapters' files that are nearly right: each is read, or refused by an AdapterError."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,22 @@ ODD = st.sampled_from(
 VALUES = st.recursive(
     ODD, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=8), one)
 )
-FIELDS = st.dictionaries(
-    st.sampled_from([*PEFT_DEFAULTS, "unknown", "use_dora"]), VALUES, max_size=4
-)
+NAMES = st.sampled_from([*PEFT_DEFAULTS, "unknown", "use_dora"])
+FIELDS = st.dictionaries(NAMES, VALUES, max_size=4)
 
 
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+def read_or_refused[T](read: Callable[[], T], where: str) -> T | None:
+    """What is read; None if it is refused in short words that name the place."""
+    try:
+        return read()
+    except AdapterError as error:
+        refusal = str(error)
+    assert where in refusal
+    assert len(refusal) < 5000
+    return None
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
 @given(FIELDS, st.integers(0, 10**6), st.binary(max_size=3), st.integers(0, 8))
 def test_configs(fields: dict[str, Any], at: int, bytes_: bytes, damage: int):
     text = json.dumps({**PEFT_DEFAULTS, **fields})
@@ -40,11 +51,8 @@ def test_configs(fields: dict[str, Any], at: int, bytes_: bytes, damage: int):
     if damage == 0:
         at %= len(content)
         content = content[:at] + bytes_ + content[at + len(bytes_) // 2 :]
-    try:
-        config = LoraConfig.parse(content, FILE)
-    except AdapterError as error:
-        assert str(FILE) in str(error)
-        assert len(str(error)) < 5000
+    config = read_or_refused(lambda: LoraConfig.parse(content, FILE), str(FILE))
+    if config is None:
         return
     rank, _ = config.rank_of("model.layers.0.self_attn.q_proj")
     assert rank >= 1
@@ -58,11 +66,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def parse(content: bytes) -> None:
-    try:
-        found = AdapterTensors.parse(content, BASE, FILE)
-    except AdapterError as error:
-        assert str(FILE) in str(error)
-        assert len(str(error)) < 5000
+    found = read_or_refused(lambda: AdapterTensors.parse(content, BASE, FILE), str(FILE))
+    if found is None:
         return
     assert found.factors
     for factors in found.factors.values():
@@ -81,17 +86,11 @@ def test_bytes_of_tensors(good: bytes, data: st.DataObject):
     parse(content[: data.draw(st.sampled_from([len(content), header, at + 8]))])
 
 
-SHAPES = st.lists(
-    st.sampled_from([0, 1, 2, 8, 32, 2**31, 2**62, 2**64, -1, 1.5, "8", None]), max_size=5
-)
+SIZES = st.sampled_from([0, 1, 2, 8, 32, 2**31, 2**62, 2**64, -1, 1.5, "8", None])
+DTYPES = st.sampled_from(["F32", "F16", "BF16", "F64", "I8", "F8_E4M3", "BOOL", "", 3, None])
+PLACES = st.lists(st.sampled_from([0, 4, 64, 1024, 2**63, -1]), max_size=3)
 ENTRIES = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(
-            ["F32", "F16", "BF16", "F64", "I8", "F8_E4M3", "BOOL", "", 3, None]
-        ),
-        "shape": SHAPES,
-        "data_offsets": st.lists(st.sampled_from([0, 4, 64, 1024, 2**63, -1]), max_size=3),
-    }
+    {"dtype": DTYPES, "shape": st.lists(SIZES, max_size=5), "data_offsets": PLACES}
 )
 KEYS = st.sampled_from(
     [
@@ -121,9 +120,5 @@ def test_directories(tmp_path: Path, fields: dict[str, Any], at: int, bytes_: by
     content = file.read_bytes()
     at %= len(content)
     file.write_bytes(content[:at] + bytes_ + content[at + len(bytes_) :])
-    try:
-        adapter = read_adapter(tmp_path, BASE, max_rank=64)
-    except AdapterError as error:
-        assert str(tmp_path) in str(error)
-    else:
-        assert adapter.max_rank == 8
+    adapter = read_or_refused(lambda: read_adapter(tmp_path, BASE, max_rank=64), str(tmp_path))
+    assert adapter is None or adapter.max_rank == 8
