@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
-from slora_jax.adapters.errors import AdapterError
+from slora_jax.adapters.errors import AdapterError, AdapterUnavailable
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.loader import AdapterLoader, Staged
 from slora_jax.adapters.peft import CONFIG_FILE, signature_of
@@ -144,7 +144,8 @@ class AdapterManager[S: Staged]:
     def load_all(self, paths: Mapping[str, str | Path], *, progress: bool = False) -> None:
         """See `Engine.load_adapters`."""
         for name, error in self._load_each(paths, progress=progress).items():
-            raise AdapterError(f"the adapter {name!r} is refused: {error}") from error
+            kind = AdapterUnavailable if isinstance(error, AdapterUnavailable) else AdapterError
+            raise kind(f"the adapter {name!r} is refused: {error}") from error
 
     def rescan(self, root: str | Path, *, progress: bool = False) -> Rescan:
         """See `Engine.rescan_adapters`."""

@@ -11,6 +11,7 @@ import pytest
 from slora_jax.adapters import reads as module
 from slora_jax.adapters.errors import AdapterUnavailable
 from slora_jax.adapters.reads import Reads
+from tests.adapters.world import AdapterHost
 
 
 @pytest.fixture
@@ -69,6 +70,37 @@ def test_those_that_hang_are_given_up(fast, hang):
         stuck.result(9)
     hang.set()  # its result comes too late, and harms nobody
     assert reads.submit(pow, 2, 3).result(9) == 8
+
+
+def test_loads_that_hang_hold_no_others(fast, hang):
+    """Neither those of other adapters, nor those of a whole directory, nor the engine's lock."""
+    host = AdapterHost(12, 2, 2, 8, 2, reads=Reads("loads", 2, 1.0))
+    for place in ("hangs", "hangs too", "fine", "also fine"):
+        host.disk.write(place, place, 1)
+    read = host.disk.read
+
+    def slow(path, name=None):
+        if "hangs" in str(path):
+            hang.wait()
+        return read(path)
+
+    host.manager._read = slow
+    held = [threading.Thread(target=load_refused, args=(host, "hangs"), daemon=True)]
+    held += [threading.Thread(target=load_refused, args=(host, "hangs too"), daemon=True)]
+    for thread in held:
+        thread.start()
+    host.manager.load("fine", "fine")
+    with pytest.raises(AdapterUnavailable, match=r"hangs.*refused.*not read within 1 s"):
+        host.manager.load_all({name: name for name in ("hangs", "also fine")})
+    assert [*host.manager.store] == ["fine", "also fine"]
+    for thread in held:
+        thread.join(9)
+        assert not thread.is_alive()
+
+
+def load_refused(host: AdapterHost, place: str) -> None:
+    with pytest.raises(AdapterUnavailable):
+        host.manager.load(place, place)
 
 
 def test_too_many_that_hang(fast, hang, monkeypatch):

@@ -101,11 +101,20 @@ class AdapterHost(Host):
 
     Args:
         staging_pages, max_cpu_loras, max_bytes: of the levels.
+        reads: threads that load.
         **options: as of `Host`.
     """
 
-    def __init__(self, *sizes, staging_pages=4, max_cpu_loras=None, max_bytes=60, **options):
-        self.disk, self.threads = Disk(), SlowThreads()
+    def __init__(
+        self,
+        *sizes,
+        staging_pages=4,
+        max_cpu_loras=None,
+        max_bytes=60,
+        reads: Executor | None = None,
+        **options,
+    ):
+        self.disk, self.threads, self.reads = Disk(), SlowThreads(), reads or AtOnce()
         self.copies: list[SlowCopy] = []
         self.failed: list[tuple[Request, Exception]] = []
         self._levels = staging_pages, max_cpu_loras, max_bytes
@@ -143,7 +152,7 @@ class AdapterHost(Host):
             staging_pages=staging,
             requests=lambda: self.scheduler.requests,
             page_size=self.page_size,
-            reads=AtOnce(),
+            reads=self.reads,
         )
         return self.manager.cache
 

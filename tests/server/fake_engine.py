@@ -84,6 +84,8 @@ class FakeEngine:
             case messages.LoadAdapter() if message.name == "hangs":
                 time.sleep(0.5)
                 sys.exit(5)
+            case messages.LoadAdapter() if message.name == "unreadable":
+                self.send(messages.Done(message.call, "its file cannot be read", True))
             case messages.LoadAdapter() | messages.UnloadAdapter():
                 self.send(messages.Done(message.call, None))
             case messages.Stop():
