@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine needs to know before it takes any memory."""
 
+import logging
+import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from pallas_kernels.layout import PageLayout
 from sharding import LoraPartition, Placement, tensor_mesh
 from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.model.shards import ModelShards
+
+logger = logging.getLogger(__name__)
 
 _FASTER: LoraPartition = "no-comm"  # than "slora": benchmarks/tensor_parallel.py
 
@@ -78,6 +83,28 @@ def set_up(options: EngineConfig, config: ModelConfig) -> Setup:
 
 
 def keep_compiled_programs(directory: str | None) -> None:
-    """Names JAX's persistent cache, unless the user has: a step takes seconds to compile."""
+    """Names JAX's persistent cache, unless the user has: a step takes seconds to compile.
+
+    Raises:
+        ValueError: it belongs to another user, whose programs would run here.
+    """
     if directory is not None and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+        path = Path(directory).expanduser()
+        _check_own(path)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _check_own(path: Path) -> None:
+    """Makes a directory that only this user may enter, or looks at the one that is there."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+    except OSError:
+        return  # JAX will say so, and go on without
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ValueError(
+            f"compilation_cache_dir {path} belongs to another user (uid {found.st_uid}), whose "
+            "programs would run here: give one of your own, or None"
+        )
+    if found.st_mode & stat.S_IWOTH:
+        logger.warning("any user may put programs into %s, which run here: chmod o-w it", path)
