@@ -168,6 +168,7 @@ class Engine:
         Raises:
             AdapterError: what can't be served as PEFT would, or not be pinned; nothing is changed
                 then.
+            AdapterUnavailable: one of these: what can't be read now, or not in time.
         """
         self.adapters.load(name, path, replace=replace, pinned=pinned)
 
