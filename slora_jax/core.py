@@ -55,7 +55,7 @@ def prompt_too_long(length: str, max_model_len: int) -> RequestError:
 
 
 class OverloadedError(RequestError):
-    """The scheduling policy turned a request away; it may be tried again later. HTTP's 503."""
+    """A request was turned away for no fault of its own, and may be tried again. HTTP's 503."""
 
 
 class EngineDeadError(RuntimeError):
@@ -168,8 +168,9 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end of sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the model's length
     ABORT = "abort"
-    ERROR = "error"  # no distribution, or no adapter; `stop_reason` says why
-    REJECTED = "rejected"  # by the scheduling policy, HTTP's 503; `stop_reason` says why
+    ERROR = "error"  # no distribution; `stop_reason` says why
+    # By the scheduling policy, or its adapter can't be read any more: HTTP's 503.
+    REJECTED = "rejected"  # `stop_reason` says why
 
 
 class Logprob(NamedTuple):  # there may be a million: the garbage collector looks at no tuple twice

@@ -431,7 +431,7 @@ class Engine:
             if adapter_id in self.adapters.cache:
                 continue
             for request in [r for r in self.scheduler.waiting if r.adapter_id == adapter_id]:
-                outputs.append(self._progress[request.id].fail(f"the adapter is lost: {error}"))
+                outputs.append(self._progress[request.id].reject(f"the adapter is lost: {error}"))
                 self._end(request)
         return outputs
 

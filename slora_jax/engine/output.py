@@ -70,12 +70,8 @@ class RequestProgress:
         return self._output([], FinishReason.ABORT, None)
 
     def reject(self, why: str) -> RequestOutput:
-        """Ends a request that the scheduling policy turned away."""
+        """Ends a request that the scheduling policy turned away, or whose adapter is lost."""
         return self._output([], FinishReason.REJECTED, why)
-
-    def fail(self, why: str) -> RequestOutput:
-        """Ends a request that cannot be served after all."""
-        return self._output([], FinishReason.ERROR, why)
 
     def set_prompt_logprobs(self, position: int, logprobs: PositionLogprobs) -> None:
         """Log-probabilities of the prompt token at `position`; the first value counts."""

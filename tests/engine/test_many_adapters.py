@@ -175,7 +175,8 @@ class TestAtRunTime:
         alone = self.one(engine, "here")
         write(tmp_path / "lost", 3)
         outputs = engine.generate([PROMPT] * 2, PARAMS, adapters=["lost", "here"])
-        assert outputs[0].finish_reason is FinishReason.ERROR
+        assert outputs[0].finish_reason is FinishReason.REJECTED  # no fault of the request
+        assert "the adapter is lost" in str(outputs[0].stop_reason)
         assert "files have changed" in str(outputs[0].stop_reason)
         assert same(answer(outputs[1]), alone)
         write(tmp_path / "lost", 1)
