@@ -138,6 +138,25 @@ class Tokenizer:
         except Exception as error:  # a template is a program: anything may go wrong in it
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
 
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_special_tokens: bool = False,
+        **options: Any,
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        Args:
+            messages: the conversation.
+            add_special_tokens: in addition to those that the template writes.
+            **options: as of `chat_text`.
+
+        Raises:
+            TokenizerError: as `chat_text`.
+        """
+        return self.encode(self.chat_text(messages, **options), add_special_tokens)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(  # type: ignore[return-value]
