@@ -217,6 +217,37 @@ def test_connections_that_wait_make_room():
     run(story, max_connections=4)
 
 
+@pytest.mark.parametrize("before", [b"", GET + b"\r\n"], ids=["first", "pipelined"])
+def test_bodies_that_do_not_come_make_room(before):
+    async def story(one: Target) -> None:
+        for _ in range(6):
+            wire = await one.connect()
+            await wire.send(before + POST + b"Content-Length: 90\r\n\r\n{")
+            if before:
+                await wire.answer()
+        await asyncio.sleep(0.1)
+        await one.check_alive()
+        assert await one.wires[0].is_closed(2)
+
+    run(story, max_connections=4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_behind_pipelined_requests_is_noticed(stream):
+    async def story(one: Target) -> None:
+        wire = await one.connect()
+        await wire.send(completion(prompt=[HALF], stream=stream) + 2 * (GET + b"\r\n"))
+        async with asyncio.timeout(10):
+            while not one.front.client.num_running:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            wire.writer.transport.abort()
+            while one.front.client.num_running or one.front.admission._places:
+                await asyncio.sleep(0.01)
+
+    run(story)
+
+
 def test_too_many_busy_connections():
     async def story(one: Target) -> None:
         for _ in range(3):
