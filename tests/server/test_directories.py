@@ -137,3 +137,17 @@ def test_names_for_no_prompt_are_not_looked_for(tmp_path: Path, monkeypatch):
         assert error(response)["param"] == "lora_path"
 
     run(story, lora_dir=tmp_path)
+
+
+def test_dots_are_no_names(tmp_path: Path):
+    """The directory itself and the one above hold an adapter's configuration."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for place in (tmp_path, root):
+        (place / "adapter_config.json").touch()
+
+    async def story() -> None:
+        places = Directories(root)
+        assert not [name for name in (".", "..", "../root") if await places.has(name)]
+
+    asyncio.run(story())
