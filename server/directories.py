@@ -51,7 +51,9 @@ class Directories:
 
     async def confined(self, path: str, roots: Sequence[Path], param: str = "lora_path") -> Path:
         """See `confined`."""
-        return await self._look(f"{path}: confined", lambda: confined(path, roots, param))
+        places = ", ".join(map(str, roots))  # the same path may be in another one for others
+        what = f"{path}: confined to {places} for {param}"
+        return await self._look(what, lambda: confined(path, roots, param))
 
     async def _look[T](self, what: str, look: Callable[[], T]) -> T:
         """Has a thread look. Those who ask for the same before it begins share what it finds."""

@@ -6,10 +6,11 @@ in a header's length. It has no time-out for headers, and no limit of connection
 """
 
 import asyncio
+from collections import deque
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import HeadersTooLarge, HttpError, Invalid, TooSlow, Unavailable
 from server.limits import Limits
@@ -47,7 +48,7 @@ class Connections:
             self._waiting[one] = None
 
     def serve(self, one: "BoundedHttp") -> None:
-        """Notes that a connection has a request in progress."""
+        """Notes that a connection has a whole request in progress."""
         if one in self._waiting:
             del self._waiting[one]
             self._busy.add(one)
@@ -73,6 +74,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._open = connections
         self._idle_bytes = 0  # that have brought neither whole headers nor a piece of a body
         self._got_on = False  # whether the last bytes did
+        self._unanswered: deque[RequestResponseCycle] = deque()
         self._num_headers = 0
         self._refused = False
         self._header_timer: asyncio.TimerHandle | None = None
@@ -93,6 +95,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._open.leave(self)
+        for cycle in self._unanswered:  # uvicorn tells the last one only
+            cycle.disconnected = True
+            cycle.message_event.set()
         for timer in (self._header_timer, self._send_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
@@ -140,8 +145,8 @@ class BoundedHttp(HttpToolsProtocol):
             most = self._limits.max_headers
             self._refuse(HeadersTooLarge(f"a request may have {most} headers (--max-headers)"))
             return
-        self._open.serve(self)
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
         self.cycle.transport = _Patient(self)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
@@ -154,6 +159,8 @@ class BoundedHttp(HttpToolsProtocol):
         if self._refused:
             return
         super().on_message_complete()
+        if not self.cycle.response_complete:
+            self._open.serve(self)
         if self._linger_timer is not None:  # what was left of a body has come
             self._linger_timer.cancel()
             self._linger_timer = None
@@ -161,8 +168,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._refused or self.transport.is_closing() or not self.cycle.response_complete:
-            return  # it ends, or the next request of this connection has begun
+        self._unanswered.popleft()
+        if self._refused or self.transport.is_closing():
+            return
+        if not self.cycle.response_complete:  # the next request of this connection has begun
+            if not self.pipeline and self.cycle.more_body:
+                self._open.wait(self)
+            return
         self._open.wait(self)
         if self.cycle.more_body:  # it was answered before its body was read
             self._linger_timer = self.loop.call_later(_LINGER_S, self.transport.abort)

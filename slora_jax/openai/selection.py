@@ -2,6 +2,7 @@
 """Which adapter a request asks for. Never is the base model served in an adapter's place."""
 
 from collections.abc import Collection, Container
+from functools import partial
 
 from slora_jax.core import RequestError
 from slora_jax.openai.errors import UnknownModelError
@@ -39,9 +40,13 @@ def find_adapter(
 
 
 def names_in(request: GenerationRequest, base_names: Collection[str]) -> set[str]:
-    """All that a request may name as an adapter."""
-    paths = request.lora_path if isinstance(request.lora_path, list) else [request.lora_path]
-    return {path for path in paths if path is not None} | names_of(request.model, base_names)
+    """All that a request may name as an adapter.
+
+    Raises:
+        RequestError: `lora_path` has more or fewer than there are prompts.
+    """
+    paths = {path for path in _paths_in(request) if path is not None}
+    return paths | names_of(request.model, base_names)
 
 
 def names_of(model: str, base_names: Collection[str]) -> set[str]:
@@ -57,15 +62,23 @@ def find_adapters(
     adapters: Container[str],
 ) -> list[str | None]:
     """The adapter of each of a request's prompts; see `find_adapter`."""
+    find = partial(find_adapter, request.model, base_names, adapters)
+    if not isinstance(request.lora_path, list):
+        return [find(request.lora_path)] * request.num_prompts
+    return [*map(find, _paths_in(request))]
+
+
+def _paths_in(request: GenerationRequest) -> list[str | None]:
+    """`lora_path` as a list; each name in it costs a look, so their number is checked first."""
     paths, prompts = request.lora_path, request.num_prompts
     if not isinstance(paths, list):
-        return [find_adapter(request.model, base_names, adapters, paths)] * prompts
+        return [paths]
     if len(paths) != prompts:
         raise RequestError(
             f"lora_path names {len(paths)} adapters for {prompts} prompts: one or null for each",
             "lora_path",
         )
-    return [find_adapter(request.model, base_names, adapters, path) for path in paths]
+    return paths
 
 
 def _adapter_of(model: str, base_names: Collection[str], adapters: Container[str]) -> str | None:

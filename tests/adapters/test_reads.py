@@ -117,6 +117,28 @@ def test_too_many_that_hang(fast, hang, monkeypatch):
     assert reads.submit(pow, 2, 3).result(9) == 8
 
 
+def test_those_that_wait_do_not_make_more_threads_than_may_hang(fast, hang, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_READS", 5)
+    reads = Reads("test", 2, 9)
+    stuck = [reads.submit(hang.wait) for _ in range(9)]
+    until, most = time.monotonic() + 1, 0
+    while time.monotonic() < until:
+        most = max(most, len(reads._reading))
+        time.sleep(0.01)
+    assert most in (5, 6)  # two threads may begin at once
+    hang.set()
+    assert all(one.result(9) for one in stuck)
+
+
+def test_those_that_fail_do_not_count_as_hanging(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_READS", 5)
+    reads = Reads("test", 2, 9)
+    for _ in range(9):
+        with pytest.raises(ZeroDivisionError):
+            reads.submit(lambda: 1 / 0).result(9)
+    assert reads.submit(pow, 2, 3).result(9) == 8
+
+
 def test_one_that_has_not_begun_can_be_cancelled(hang):
     reads = Reads("test", 1, 9)
     stuck, called = reads.submit(hang.wait), []

@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -136,6 +137,34 @@ def test_parameters_are_sent_once_for_all_choices(monkeypatch):
         assert len(generate.ids) == 8
         assert isinstance(generate.params, SamplingParams)
         assert generate.params.of_choice(7).seed == 12
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("fields", "in_thread"),
+    [
+        ({}, False),
+        ({"messages": [{"role": "user", "content": ""}] * 1000}, True),
+        ({"chat_template_kwargs": {"x": ["a"] * 1000}}, True),
+    ],
+    ids=["short", "many empty messages", "variables"],
+)
+def test_what_takes_a_template_long_does_not_hold_up_the_loop(monkeypatch, fields, in_thread):
+    async def story(one: World) -> None:
+        found = []
+        tokenizer = one.front.prompts.need_tokenizer()
+        chat_text = tokenizer.chat_text
+
+        def watched(*rest: Any, **more: Any) -> str:
+            found.append(threading.current_thread() is not threading.main_thread())
+            return chat_text(*rest, **more)
+
+        monkeypatch.setattr(tokenizer, "chat_text", watched)
+        body = {"model": "base", "messages": [{"role": "user", "content": "a"}]} | fields
+        for path in ("/v1/chat/completions", "/tokenize"):
+            assert (await one.client.post(path, json=body)).status_code == 200
+        assert found == [in_thread] * 2
 
     run(story)
 

@@ -93,8 +93,15 @@ def test_files_that_grow_or_have_no_size(tmp_path: Path):
     assert read_file(Path("/proc/self/stat"), 1 << 20, "", Deadline(9))
 
 
+def test_a_file_may_be_as_large_as_is_allowed(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_file(tmp_path / "file", 3, "", Deadline(9)) == b"abc"
+
+
 def test_time_has_a_limit(tmp_path: Path):
-    write_adapter(tmp_path, BASE)
+    file = write_adapter(tmp_path, BASE) / TENSORS
+    with pytest.raises(AdapterUnavailable, match="not read within -1 s"):
+        read_file(file, 1 << 30, "", Deadline(-1))
     with pytest.raises(AdapterUnavailable, match=r"not read within 0 s.*lora_load_timeout_s"):
         read_adapter(tmp_path, BASE, time_limit_s=0)
 

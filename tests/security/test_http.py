@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import Response
 
 from server.app import make_app
 from server.config import ServerConfig
@@ -147,8 +148,11 @@ def test_large_headers(head):
 
 def test_headers_up_to_the_limit():
     async def story(one: Target) -> None:
-        headers = b"".join(b"X-%d: %s\r\n" % (i, b"a" * 480) for i in range(120))
-        assert (await one.ask(GET + headers + b"\r\n"))[0] == 200
+        headers = b"".join(b"X-%d: %s\r\n" % (i, b"a" * 480) for i in range(127))
+        wire = await one.connect()
+        for _ in range(2):  # they are counted anew
+            await wire.send(GET + headers + b"\r\n")
+            assert (await wire.answer())[0] == 200
         body = b" " * 300_000  # in one piece with the headers
         status, _ = await one.ask(POST + b"Content-Length: 300000\r\n\r\n" + body)
         assert status == 400  # it is no JSON, but it was read
@@ -190,6 +194,55 @@ def test_silent_and_slow_connections_are_closed():
     run(story, header_timeout_s=0.3)
 
 
+def test_a_connection_that_is_silent_after_its_body_is_closed():
+    """The answer came before the body."""
+
+    async def story(one: Target) -> None:
+        wire = await one.connect()
+        await wire.send(b"POST /nothing HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
+        assert (await wire.answer())[0] == 404
+        await wire.send(b"{}\r\n")
+        assert (await wire.answer())[0] == 408
+
+    run(story, header_timeout_s=0.3)
+
+
+def test_who_does_not_read_is_disconnected(monkeypatch):
+    size = 20_000_000  # more than the kernel takes
+
+    async def page() -> Response:
+        return Response(b"a" * size)
+
+    async def story(one: Target) -> None:
+        idle, reads = await one.connect(), await one.connect()
+        for wire in (idle, reads):
+            await wire.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert len((await reads.answer())[1]) == size
+        await asyncio.sleep(2)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await idle.answer()
+        await reads.send(GET + b"\r\n")
+        assert (await reads.answer())[0] == 200
+
+    monkeypatch.setattr("server.app._page", page)
+    run(story, send_timeout_s=1)
+
+
+def test_who_is_refused_and_goes_on_is_disconnected():
+    async def story(one: Target) -> None:
+        wire = await one.connect()
+        await wire.send(b"nonsense\r\n\r\n")
+        assert (await wire.answer())[0] == 400
+        began = time.monotonic()
+        with suppress(ConnectionError):
+            while time.monotonic() - began < 10:
+                await wire.send(b"a")
+                await asyncio.sleep(0.05)
+        assert time.monotonic() - began < 8
+
+    run(story)
+
+
 def test_a_kept_connection_serves_several_requests():
     async def story(one: Target) -> None:
         wire = await one.connect()
@@ -209,6 +262,10 @@ def test_connections_that_wait_make_room():
         streaming = await one.connect()
         await streaming.send(completion(prompt=[HALF], stream=True))
         await streaming.reader.readuntil(b"data: ")
+        for _ in range(4):  # kept, and without a request since
+            wire = await one.connect()
+            await wire.send(GET + b"\r\n")
+            assert (await wire.answer())[0] == 200
         silent = [await one.connect() for _ in range(20)]
         await one.check_alive()
         assert await silent[0].is_closed(2)
@@ -217,14 +274,47 @@ def test_connections_that_wait_make_room():
     run(story, max_connections=4)
 
 
+@pytest.mark.parametrize("before", [b"", GET + b"\r\n"], ids=["first", "pipelined"])
+def test_bodies_that_do_not_come_make_room(before):
+    async def story(one: Target) -> None:
+        for _ in range(6):
+            wire = await one.connect()
+            await wire.send(before + POST + b"Content-Length: 90\r\n\r\n{")
+            if before:
+                await wire.answer()
+        await asyncio.sleep(0.1)
+        await one.check_alive()
+        assert await one.wires[0].is_closed(2)
+
+    run(story, max_connections=4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_behind_pipelined_requests_is_noticed(stream):
+    async def story(one: Target) -> None:
+        wire = await one.connect()
+        await wire.send(completion(prompt=[HALF], stream=stream) + 2 * (GET + b"\r\n"))
+        async with asyncio.timeout(10):
+            while not one.front.client.num_running:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            wire.writer.transport.abort()
+            while one.front.client.num_running or one.front.admission._places:
+                await asyncio.sleep(0.01)
+
+    run(story)
+
+
 def test_too_many_busy_connections():
     async def story(one: Target) -> None:
         for _ in range(3):
             wire = await one.connect()
             await wire.send(completion(prompt=[HALF], stream=True))
             await wire.reader.readuntil(b"data: ")
-        status, body = await (await one.connect()).answer()
+        refused = await one.connect()
+        status, body = await refused.answer()
         assert status == 503
+        assert await refused.is_closed(2)
         assert b"--max-connections" in body
         one.wires[0].writer.transport.abort()
         async with asyncio.timeout(10):
@@ -280,3 +370,17 @@ def test_many_large_bodies_at_once():
         assert (await one.ask(body))[0] == 200
 
     run(story, max_body_mib=1, max_bodies_mib=2)
+
+
+def test_one_key_has_half_of_the_room_for_bodies():
+    async def story(one: Target) -> None:
+        body = b"Content-Length: 900000\r\n\r\n" + b" " * 800_000
+        for _ in range(2):
+            wire = await one.connect()
+            await wire.send(POST + b"Authorization: Bearer one\r\n" + body)
+        assert (await wire.answer())[0] == 429
+        wire = await one.connect()
+        await wire.send(POST + b"Authorization: Bearer two\r\n" + body + b" " * 100_000)
+        assert (await wire.answer())[0] == 400  # it is no JSON, but it was read
+
+    run(story, max_body_mib=1, max_bodies_mib=2, api_keys=("one", "two"))

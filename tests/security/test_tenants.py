@@ -289,3 +289,29 @@ def test_a_request_that_is_turned_away_while_its_prompt_is_read():
             first.check()
             with pytest.raises(HttpError):
                 second.check()
+
+
+def test_a_request_that_is_turned_away_at_last_does_not_reach_the_engine(monkeypatch):
+    async def story(one: World) -> None:
+        prompts_of = one.front.prompts.prompts_of
+
+        async def slowly(*args: Any) -> list[list[int]]:
+            for place in one.front.admission._places:
+                place.turn_away(TooManyRequests("others have less"))
+            return await prompts_of(*args)
+
+        monkeypatch.setattr(one.front.prompts, "prompts_of", slowly)
+        monkeypatch.setattr(one.front.client, "generate", None)
+        assert "others have less" in error(await one.ask())["message"]
+
+    run(story)
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(0.0, 1), (1.0, 20), (1000.0, 1), (0.1, 60)])
+def test_when_to_try_again(rate, seconds):
+    """When half of the forty that wait will have ended."""
+    admission = Admission(Limits(max_queued_requests=39), lambda: rate)
+    with admission.place("a", 40, 1):
+        with pytest.raises(TooManyRequests) as refusal, admission.place("a", 1, 1):
+            pass
+        assert refusal.value.retry_after == seconds

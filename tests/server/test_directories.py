@@ -57,6 +57,20 @@ def test_looks_at_one_place_are_shared(disk: Disk):
     asyncio.run(story())
 
 
+def test_one_path_in_two_roots_is_two_places(tmp_path: Path):
+    """A name in --lora-dir, and at that moment the same in --lora-roots."""
+
+    async def story() -> None:
+        roots = [tmp_path / "one", tmp_path / "other"]
+        for root in roots:
+            (root / "name").mkdir(parents=True)
+        places = Directories(None)
+        found = await asyncio.gather(*(places.confined("name", [root]) for root in roots))
+        assert found == [root / "name" for root in roots]
+
+    asyncio.run(story())
+
+
 def test_a_disk_that_hangs_holds_only_who_looks_at_it(disk: Disk):
     async def story() -> None:
         places = Directories(None)
@@ -111,3 +125,29 @@ def test_what_cannot_be_read_now_is_not_the_clients_fault(tmp_path: Path):
             assert "cannot be read" in error(response)["message"]
 
     run(story, lora_dir=tmp_path, allow_runtime_lora_updating=True)
+
+
+def test_names_for_no_prompt_are_not_looked_for(tmp_path: Path, monkeypatch):
+    """Each one costs a look at the disk."""
+
+    async def story(one: World) -> None:
+        monkeypatch.setattr(one.front.catalog._directories, "has", None)
+        response = await one.ask(lora_path=[f"name {n}" for n in range(10_000)])
+        assert response.status_code == 400
+        assert error(response)["param"] == "lora_path"
+
+    run(story, lora_dir=tmp_path)
+
+
+def test_dots_are_no_names(tmp_path: Path):
+    """The directory itself and the one above hold an adapter's configuration."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for place in (tmp_path, root):
+        (place / "adapter_config.json").touch()
+
+    async def story() -> None:
+        places = Directories(root)
+        assert not [name for name in (".", "..", "../root") if await places.has(name)]
+
+    asyncio.run(story())
