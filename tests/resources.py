@@ -7,7 +7,6 @@ a CPU, and JAX keeps the program: thousands of them end in an abort, without a w
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,22 @@ EVERY_S = 1.0
 class Watch(threading.Thread):
     """Looks at this process and all below it, as long as the tests run.
 
+    Args:
+        parallel: this process runs no tests itself; those that it has started do.
+
     Attributes:
-        names: of processes, by their number; those not named are others that tests have started.
-        maps: the most that a process of each name had.
-        memory: the most bytes that a process of each name had.
+        maps: the most that a process had, by what the process is.
+        memory: the most bytes that a process had, by what it is.
         together: the most bytes that all had at a time. What processes share counts in each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: bool) -> None:
         super().__init__(name="resources", daemon=True)
-        self.names = {os.getpid(): "pytest"}
         self.maps: dict[str, int] = {}
         self.memory: dict[str, int] = {}
         self.together = 0
+        self._parallel = parallel
+        self._names = {os.getpid(): "pytest"}
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -44,22 +46,26 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         together = 0
-        for pid in processes_below(os.getpid()):
+        for pid, parent in processes_below(os.getpid()):
             try:
                 maps = (PROC / str(pid) / "maps").read_bytes().count(b"\n")
-                memory = int((PROC / str(pid) / "statm").read_text().split()[1])
+                pages = int((PROC / str(pid) / "statm").read_text().split()[1])
             except OSError:
                 continue  # it has ended
-            memory *= os.sysconf("SC_PAGE_SIZE")
-            name = self.names.get(pid, "others")
+            name, memory = self._name(pid, parent), pages * os.sysconf("SC_PAGE_SIZE")
             self.maps[name] = max(maps, self.maps.get(name, 0))
             self.memory[name] = max(memory, self.memory.get(name, 0))
             together += memory
         self.together = max(together, self.together)
 
+    def _name(self, pid: int, parent: int) -> str:
+        if self._parallel and parent == os.getpid():
+            return self._names.setdefault(pid, f"worker {len(self._names)}")
+        return self._names.get(pid, "started by tests")
 
-def processes_below(root: int) -> Iterator[int]:
-    """A process, those that it has started, those that they have started, and so on."""
+
+def processes_below(root: int) -> list[tuple[int, int]]:
+    """A process, those that it has started, those that they have started, …; each with its parent."""
     children: dict[int, list[int]] = {}
     for entry in PROC.glob("[0-9]*"):
         try:
@@ -67,33 +73,29 @@ def processes_below(root: int) -> Iterator[int]:
         except OSError:
             continue
         children.setdefault(parent, []).append(int(entry.name))
-    found = [root]
-    for pid in found:
-        yield pid
-        found += children.get(pid, ())
+    found = [(root, 0)]
+    for pid, _ in found:
+        found += [(child, pid) for child in children.get(pid, ())]
+    return found
 
 
 class Report:
-    """Of one run: the plugin's part in pytest."""
+    """Of one run: what pytest calls."""
 
-    def __init__(self) -> None:
-        self.watch = Watch()
+    def __init__(self, parallel: bool) -> None:
+        self.watch = Watch(parallel)
 
     def pytest_sessionstart(self) -> None:
         self.watch.start()
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodeready(self, node) -> None:
-        self.watch.names[node.workerinfo["pid"]] = node.gateway.id
-
     def pytest_sessionfinish(self) -> None:
         self.watch.stop()
 
-    def pytest_terminal_summary(self, terminalreporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         watch, limit = self.watch, (PROC / "sys/vm/max_map_count").read_text().strip()
         terminalreporter.section("what it took at most")
         for name, maps in sorted(watch.maps.items()):
-            line = f"{name:8}{maps:7} maps{watch.memory[name] / 2**30:6.1f} GiB"
+            line = f"{name:16}{maps:7} maps{watch.memory[name] / 2**30:7.1f} GiB"
             terminalreporter.write_line(line)
         together = f"{watch.together / 2**30:.1f} GiB"
         terminalreporter.write_line(f"all together {together}; a process may have {limit} maps")
@@ -102,4 +104,5 @@ class Report:
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if PROC.joinpath("self/maps").exists() and not is_worker and not config.option.collectonly:
-        config.pluginmanager.register(Report(), "resources")
+        parallel = bool(config.getoption("numprocesses", None))
+        config.pluginmanager.register(Report(parallel), "resources")
