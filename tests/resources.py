@@ -33,7 +33,7 @@ class Watch(threading.Thread):
         self.memory: dict[str, int] = {}
         self.together = 0
         self._parallel = parallel
-        self._names = {os.getpid(): "pytest"}
+        self._kinds = {os.getpid(): "pytest"}
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -52,20 +52,20 @@ class Watch(threading.Thread):
                 pages = int((PROC / str(pid) / "statm").read_text().split()[1])
             except OSError:
                 continue  # it has ended
-            name, memory = self._name(pid, parent), pages * os.sysconf("SC_PAGE_SIZE")
-            self.maps[name] = max(maps, self.maps.get(name, 0))
-            self.memory[name] = max(memory, self.memory.get(name, 0))
+            kind, memory = self._kind(pid, parent), pages * os.sysconf("SC_PAGE_SIZE")
+            self.maps[kind] = max(maps, self.maps.get(kind, 0))
+            self.memory[kind] = max(memory, self.memory.get(kind, 0))
             together += memory
         self.together = max(together, self.together)
 
-    def _name(self, pid: int, parent: int) -> str:
+    def _kind(self, pid: int, parent: int) -> str:
         if self._parallel and parent == os.getpid():
-            return self._names.setdefault(pid, f"worker {len(self._names)}")
-        return self._names.get(pid, "started by tests")
+            return self._kinds.setdefault(pid, f"worker {len(self._kinds)}")
+        return self._kinds.get(pid, "started by tests")
 
 
 def processes_below(root: int) -> list[tuple[int, int]]:
-    """A process, those that it has started, those that they have started, …; each with its parent."""
+    """A process, those that it has started, and so on; each with its parent."""
     children: dict[int, list[int]] = {}
     for entry in PROC.glob("[0-9]*"):
         try:
@@ -94,8 +94,8 @@ class Report:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         watch, limit = self.watch, (PROC / "sys/vm/max_map_count").read_text().strip()
         terminalreporter.section("what it took at most")
-        for name, maps in sorted(watch.maps.items()):
-            line = f"{name:16}{maps:7} maps{watch.memory[name] / 2**30:7.1f} GiB"
+        for kind, maps in sorted(watch.maps.items()):
+            line = f"{kind:16}{maps:7} maps{watch.memory[kind] / 2**30:7.1f} GiB"
             terminalreporter.write_line(line)
         together = f"{watch.together / 2**30:.1f} GiB"
         terminalreporter.write_line(f"all together {together}; a process may have {limit} maps")
