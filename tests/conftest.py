@@ -29,7 +29,8 @@ os.environ.setdefault(
 )
 
 # Programs are kept as long as the tests run, for later files and for the processes that tests
-# start; never among the user's. Each worker has its own: JAX writes files that others may be reading.
+# start; never among the user's. Each worker has its own: JAX does not write a file at once, and
+# another process may be reading it.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 else:
