@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -49,10 +50,11 @@ if importlib.util.find_spec("beartype") is not None:
     install_import_hook("pallas_kernels", "beartype.beartype")
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+def pytest_xdist_auto_num_workers() -> int | None:
     """On a GPU one process: JAX takes most of its memory, and several do not fit."""
-    on_gpu = "gpu" in config.option.markexpr or any("tests/gpu" in arg for arg in config.args)
-    return 0 if on_gpu else None
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    usable = os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, plugins))
+    return 0 if usable and Path("/dev/nvidiactl").exists() else None
 
 
 @pytest.fixture(scope="module", autouse=True)
