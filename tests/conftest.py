@@ -53,8 +53,8 @@ if importlib.util.find_spec("beartype") is not None:
 def pytest_xdist_auto_num_workers() -> int | None:
     """On a GPU one process: JAX takes most of its memory, and several do not fit."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    usable = os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, plugins))
-    return 0 if usable and Path("/dev/nvidiactl").exists() else None
+    usable = any(map(importlib.util.find_spec, plugins)) and Path("/dev/nvidiactl").exists()
+    return 0 if usable and os.environ.get("JAX_PLATFORMS") != "cpu" else None
 
 
 @pytest.fixture(scope="module", autouse=True)
