@@ -43,6 +43,7 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         self._ended.set()
         self.join()
+        self.look()
 
     def look(self) -> None:
         together = 0
