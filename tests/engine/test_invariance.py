@@ -38,7 +38,10 @@ def alone() -> dict[tuple[str, str | None], list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("budget", [16, 32, 64])
+LONG = [pytest.param(budget, marks=pytest.mark.long) for budget in (32, 64)]
+
+
+@pytest.mark.parametrize("budget", [16, *LONG])
 def test_mixed_batches(alone, budget):
     """Twenty batches in all; requests arrive while others run, and are preempted at random."""
     engine, rng = make_engine(budget), random.Random(budget)

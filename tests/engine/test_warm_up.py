@@ -2,6 +2,8 @@
 """After the warm-up no request waits for a compiler, whatever adapter it asks for."""
 
 import logging
+import re
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from slora_jax.demo import BASE_MODEL
 from slora_jax.hf_config import read_model_config
 from tests.adapters.make import write_adapter
 
+LORA_MODES = ("none", "layers", "all")
 CONFIG = read_model_config(BASE_MODEL)
 
 
@@ -84,6 +87,38 @@ def test_no_request_waits_for_the_compiler(engine, adapters, caplog, requests, p
         engine.generate([[7] * prompt] * requests, greedy, adapters=mixed)
         engine.generate([[7] * prompt] * requests, sampled)
     assert compiled(caplog) == []
+
+
+def test_programs_are_as_few_as_buckets(engine, adapters, caplog):
+    """However long a server runs and whatever it is asked: their maps and memory have a limit."""
+    rng = np.random.default_rng(0)
+    names = [None, *adapters]
+
+    def anything() -> SamplingParams:
+        optional = {
+            "logprobs": int(rng.integers(21)),
+            "prompt_logprobs": int(rng.integers(21)),
+            "repetition_penalty": rng.uniform(0.5, 2),
+            "min_tokens": int(rng.integers(1, 4)),
+            "top_k": int(rng.integers(1, 300)),
+            "top_p": rng.uniform(0.1, 1),
+            "seed": int(rng.integers(1000)),
+        }
+        chosen = {name: value for name, value in optional.items() if rng.random() < 0.3}
+        return SamplingParams(temperature=rng.choice([0, 0.5, 2]), max_tokens=4, **chosen)
+
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        for _ in range(60):
+            prompts = [[7] * int(rng.integers(1, 60)) for _ in range(rng.integers(1, 9))]
+            asked = [rng.choice(names) for _ in prompts]
+            engine.generate(prompts, [anything() for _ in prompts], adapters=asked)
+    found = [re.search(r"^Finished XLA compilation of jit\((.*)\)", m) for m in caplog.messages]
+    programs = Counter(match[1] for match in found if match)
+    assert programs["penalize"] == 1  # as one of those that the warm-up leaves out: they are seen
+    kinds_of_k = 3  # 1, 5 and 20
+    most = {"logprobs": kinds_of_k, "prompt_logprobs": kinds_of_k * len(LORA_MODES)}
+    assert all(count <= most.get(name, 1) for name, count in programs.items()), programs
+    assert "model_step" not in programs
 
 
 @pytest.mark.parametrize("pinned", [False, True])

@@ -199,12 +199,14 @@ HALVES_CASES = {  # with A and B in columns of their own; and B behind A
     "odd inputs": ("llama", [[8], [3]], [2, 1], 40, (128,), 1, False),
     "odd outputs": ("llama", [[8], [3]], [2, 1], 128, (40,), 1, False),
 }
-IN_BLOCKS = "fused, some modules missing, apart", "outer, apart", "odd inputs", "odd outputs"
+IN_BLOCKS = "fused, some modules missing, apart", "odd inputs", "odd outputs"
 
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [(name, 1) for name in HALVES_CASES] + [(name, 64) for name in IN_BLOCKS],
+    [(name, 1) for name in HALVES_CASES]
+    + [(name, 64) for name in IN_BLOCKS]
+    + [pytest.param("outer, apart", 64, marks=pytest.mark.long)],
 )
 def test_halves(backend, dtype, name, block):
     """Each half on its own, as where h crosses devices between them."""

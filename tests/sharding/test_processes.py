@@ -106,7 +106,11 @@ def test_unequal_numbers_of_devices_are_said_by_all(directory):
     ("mistake", "messages"),
     [
         ("other pages", ["num_pages is 128 in process 0", "num_pages is 100 in process 1"]),
-        ("no pages", ["and None in process 1: give all", "and 128 in process 0: give all"]),
+        pytest.param(
+            "no pages",
+            ["and None in process 1: give all", "and 128 in process 0: give all"],
+            marks=pytest.mark.long,
+        ),
         ("no model", ["process 1 of the engine refuses: ", "nowhere"]),
     ],
 )
