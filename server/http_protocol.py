@@ -10,6 +10,7 @@ from collections import deque
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import HeadersTooLarge, HttpError, Invalid, TooSlow, Unavailable
@@ -77,6 +78,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._unanswered: deque[RequestResponseCycle] = deque()
         self._num_headers = 0
         self._refused = False
+        self._upgrades = False  # the request asks for another protocol, and is read again without
         self._header_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -120,11 +122,34 @@ class BoundedHttp(HttpToolsProtocol):
             room = self._limits.max_header_bytes - self._idle_bytes
             piece, data = data[:room], data[room:]
             self._got_on = False
-            super().data_received(piece)
+            self._feed(piece)
             self._idle_bytes = 0 if self._got_on else self._idle_bytes + len(piece)
             if self._idle_bytes >= self._limits.max_header_bytes:
                 kib = self._limits.max_header_kib
                 self._refuse(HeadersTooLarge(f"headers may have {kib} KiB (--max-header-kib)"))
+
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._upgrades:
+                self._feed_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(Invalid("this is no HTTP request"))
+
+    def _feed_without_upgrade(self, rest: bytes) -> None:
+        """Reads a request again without its `Upgrade`, which a server may ignore (RFC 9110, 7.8).
+
+        The parser stops at its headers. Java's HttpClient asks for HTTP/2 so, and sends a body.
+        """
+        self._upgrades = False
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._feed(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Invalid(msg))
@@ -145,6 +170,10 @@ class BoundedHttp(HttpToolsProtocol):
             most = self._limits.max_headers
             self._refuse(HeadersTooLarge(f"a request may have {most} headers (--max-headers)"))
             return
+        # Of CONNECT the parser says so, too: there is nothing to be read again.
+        self._upgrades = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._upgrades:
+            return
         super().on_headers_complete()
         self._unanswered.append(self.cycle)
         self.cycle.transport = _Patient(self)  # type: ignore[assignment]
@@ -156,7 +185,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._got_on = True
-        if self._refused:
+        if self._refused or self._upgrades:
             return
         super().on_message_complete()
         if not self.cycle.response_complete:

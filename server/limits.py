@@ -21,11 +21,13 @@ class Limits:
         max_headers: headers of a request.
         header_timeout_s: seconds in which a request's headers must arrive.
         body_timeout_s: seconds in which a body must arrive.
-        send_timeout_s: seconds that a client may read nothing of what is sent to it.
+        send_timeout_s: seconds in which a client must read what has been written for it: some 64
+            KiB, or a piece of a large reply.
         max_body_mib: MiB of a request's body.
         max_bodies_mib: MiB of all bodies above 64 KiB whose requests are in progress.
         max_body_values: keys and values in a body's JSON; each token id is one.
         max_prompts: prompts of a request.
+        max_messages: messages of a conversation.
         max_stop_strings: stop strings of a request.
         max_stop_chars: characters of a stop string.
         max_stop_token_ids: stop token ids of a request.
@@ -47,6 +49,7 @@ class Limits:
     max_bodies_mib: float = 256.0
     max_body_values: int = 262_144
     max_prompts: int = 2048
+    max_messages: int = 4096
     max_stop_strings: int = 64
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 1024
@@ -80,6 +83,16 @@ class Limits:
     @property
     def max_header_bytes(self) -> int:
         return self.max_header_kib * 2**10
+
+    def check_body(self, body: object) -> None:
+        """Raises Invalid if a conversation has more messages than it may have.
+
+        To be called before a body is validated, which takes microseconds for each message.
+        """
+        messages = body.get("messages") if isinstance(body, dict) else None
+        if isinstance(messages, list):
+            option = "--max-messages"
+            _at_most(len(messages), self.max_messages, "messages", "messages", option)
 
     def check(self, request: GenerationRequest) -> None:
         """Raises Invalid if a request has more prompts or stop conditions than it may have."""

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response, Security
@@ -16,12 +17,16 @@ from slora_jax.openai.errors import ErrorResponse
 
 
 class _JsonRequest(Request):
+    _parsed: Any = None
+
     async def json(self) -> Any:
-        body = await self.body()
-        try:
-            return from_json(body)
-        except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from error
+        if self._parsed is None:
+            body = await self.body()
+            try:
+                self._parsed = from_json(body)
+            except ValueError as error:
+                raise json.JSONDecodeError(str(error), "", 0) from error
+        return self._parsed
 
 
 class JsonRoute(APIRoute):
@@ -31,7 +36,11 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(_JsonRequest(request.scope, request.receive))
+            request = _JsonRequest(request.scope, request.receive)
+            if request.method == "POST":
+                with suppress(json.JSONDecodeError):  # the route says it
+                    request.app.state.front.config.check_body(await request.json())
+            return await handler(request)
 
         return handle
 

@@ -76,9 +76,10 @@ class Reads(Executor):
 
     def _staff(self) -> None:
         """Wakes a thread for what waits, or begins another one."""
+        left_alone = sum(read.slow for read in self._reading)
         if self._idle >= len(self._waiting):
             self._work.notify()
-        elif self._working < self._threads and len(self._reading) < _MOST_READS:
+        elif self._working < min(self._threads, _MOST_READS - left_alone):
             self._working += 1
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
 

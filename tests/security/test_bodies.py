@@ -81,6 +81,7 @@ def test_counting_takes_linear_time(unit):
         ({"stop": ["x", "x" * 1025]}, "stop", "--max-stop-chars"),
         ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "--max-stop-token-ids"),
         ({"prompt": [[ANSWER]] * 2049}, "prompt", "--max-prompts"),
+        ({"messages": [{"role": "user", "content": ""}] * 4097}, "messages", "--max-messages"),
         ({"prompt": [ANSWER] * 300_000}, None, "--max-body-values"),
         ({"prompt": [[]] * 200_000}, None, "--max-body-values"),
         ({f"k{n}": 0 for n in range(200_000)}, None, "--max-body-values"),
@@ -93,6 +94,7 @@ def test_counting_takes_linear_time(unit):
         "stop_of_two",
         "stop_ids",
         "prompts",
+        "messages",
         "ids",
         "lists",
         "fields",
@@ -102,7 +104,9 @@ def test_counting_takes_linear_time(unit):
 )
 def test_more_than_anybody_needs(fields, param, option):
     async def story(one: World) -> None:
-        response = await one.ask(**fields)
+        route = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+        body = {"model": "base", "prompt": [ANSWER], "max_tokens": 3} | fields
+        response = await one.client.post(route, json=body)
         assert response.status_code == 400
         assert option in error(response)["message"]
         assert error(response)["param"] == param

@@ -25,6 +25,9 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/j
 PROMPT_S = 2.0  # in which what is not an attack is answered meanwhile
 
 
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
 class Wire:
     """One connection to the server, byte by byte."""
 
@@ -156,6 +159,28 @@ def test_headers_up_to_the_limit():
         body = b" " * 300_000  # in one piece with the headers
         status, _ = await one.ask(POST + b"Content-Length: 300000\r\n\r\n" + body)
         assert status == 400  # it is no JSON, but it was read
+
+    run(story)
+
+
+@pytest.mark.parametrize("step", [10_000, 7, 1])
+@pytest.mark.parametrize("ask", [H2C, b"Connection: upgrade\r\nUpgrade: websocket\r\n"])
+def test_a_request_for_another_protocol_is_served_in_this_one(ask: bytes, step: int):
+    """Its body is read, and what follows it; limits hold."""
+
+    async def story(one: Target) -> None:
+        request = completion().replace(b"Host: a\r\n", b"Host: a\r\n" + ask)
+        wire = await one.connect()
+        sent = request + GET + b"\r\n" + request
+        for start in range(0, len(sent), step):
+            await wire.send(sent[start : start + step])
+        for is_completion in (True, False, True):
+            status, body = await wire.answer()
+            assert status == 200
+            assert ("choices" in json.loads(body)) == is_completion
+        many = b"".join(b"X-%d: a\r\n" % i for i in range(130))
+        assert (await one.ask(GET + ask + many + b"\r\n"))[0] == 431
+        assert (await one.ask(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"))[0] in (400, 404, 405)
 
     run(story)
 
