@@ -97,7 +97,7 @@ def test_forms_of_the_prompt(prompt, prompts):
 def test_each_choice_has_its_own_seed():
     request = parse(n=3, seed=5)
     assert [request.sampling_params().of_choice(choice).seed for choice in range(3)] == [5, 6, 7]
-    assert parse(n=3).sampling_params(1).seed is None
+    assert parse(n=3).sampling_params().of_choice(1).seed is None
 
 
 @pytest.mark.parametrize(

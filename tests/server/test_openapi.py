@@ -15,6 +15,8 @@ ROUTES = {
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/health",
+    "/health/live",
+    "/health/ready",
     "/ping",
     "/metrics",
     "/version",
