@@ -3,12 +3,15 @@
 
 import json
 
+import pytest
+
 from benchmarks import cold_loads
 
 ARGUMENTS = """--shape tiny --batch 4 --prompt 16 --steps 45 --arrival-prompt 4 --pages 140
     --host-gib 1 --threads 2 --fit 6 --requests 16 --curve-prompt 16 --curve-output 4"""
 
 
+@pytest.mark.long
 def test_loads_and_curve(capsys):
     assert cold_loads.main(ARGUMENTS.split()) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -20,6 +20,7 @@ def test_served_takes_times_between_a_requests_own_tokens():
     assert one.whole == 5.5
 
 
+@pytest.mark.long
 def test_both_ways(capfd, tmp_path):
     file = tmp_path / "results.jsonl"
     assert serving.main([*ARGUMENTS.split(), "--results", str(file)]) == 0

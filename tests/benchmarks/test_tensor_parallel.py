@@ -17,6 +17,7 @@ from slora_jax.model.shards import ModelShards
 ARGUMENTS = "--shape tiny --devices 1,2 --batch 2 --context 40 --ranks 8 --partitions no-comm,slora"
 
 
+@pytest.mark.long
 def test_rows(capsys):
     assert tensor_parallel.main(ARGUMENTS.split()) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

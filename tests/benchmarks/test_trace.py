@@ -96,6 +96,7 @@ def test_popularity():
 ENGINE = "--setting tiny --batch 4 --step-tokens 16 --pages 96 --repetitions 1"
 
 
+@pytest.mark.long
 def test_rows(capfd, tmp_path):
     """More adapters than fit, so that they are evicted; every request is in the figures."""
     file = tmp_path / "results.jsonl"
@@ -136,6 +137,7 @@ def test_growing_numbers_of_adapters(tmp_path):
     assert four["of_fewest"] == pytest.approx(rate[4] / rate[1], abs=1e-3)
 
 
+@pytest.mark.long
 def test_ablations(tmp_path):
     chosen = "unified,split 60 %,no prefetch,abort,base,padded"
     lines = results_of(

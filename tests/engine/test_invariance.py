@@ -38,10 +38,9 @@ def alone() -> dict[tuple[str, str | None], list[int]]:
     return tokens
 
 
-LONG = [pytest.param(budget, marks=pytest.mark.long) for budget in (32, 64)]
-
-
-@pytest.mark.parametrize("budget", [16, *LONG])
+@pytest.mark.parametrize(
+    "budget", [16, *(pytest.param(budget, marks=pytest.mark.long) for budget in (32, 64))]
+)
 def test_mixed_batches(alone, budget):
     """Twenty batches in all; requests arrive while others run, and are preempted at random."""
     engine, rng = make_engine(budget), random.Random(budget)

@@ -88,7 +88,8 @@ def uniform(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, ADAPTERS, REQUESTS)
 
 
-@pytest.mark.parametrize("trace", [zipf, pytest.param(uniform, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("trace", [zipf, uniform])
 def test_everybody_gets_their_own_adapter(crowd, trace):
     names = [f"adapter-{n}" for n in trace(np.random.default_rng(0))]
     together = dict(zip(names, serve(crowd, names), strict=True))

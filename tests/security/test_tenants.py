@@ -128,8 +128,10 @@ def test_a_flood_displaces_only_itself():
     """Forty requests of one adapter fill the queue; another one's are all served."""
 
     async def story(one: World) -> None:
-        flood = [asyncio.create_task(one.ask(SILENCE, model="base")) for _ in range(12)]
-        await one.until(lambda: one.front.client.num_running == 12)
+        flood = []
+        for count in range(1, 13):  # in this order
+            flood.append(asyncio.create_task(one.ask(SILENCE, model="base")))
+            await one.until(lambda count=count: one.front.client.num_running == count)
         assert (await one.ask(SILENCE, max_tokens=1, model="base")).status_code == 429
         headers = {"Authorization": "Bearer two"}
         for _ in range(20):

@@ -44,7 +44,7 @@ async def read(client: httpx.AsyncClient, number: int, prompt: str, events: int 
     return text
 
 
-@pytest.mark.parametrize("vanishing", [0, STREAMS // 2])
+@pytest.mark.parametrize("vanishing", [pytest.param(0, marks=pytest.mark.long), STREAMS // 2])
 def test_streams(server, vanishing):
     prompts = held_out_prompts(7, STREAMS)
 

@@ -52,6 +52,7 @@ def schema(server):
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
+SLOW = {"/v1/completions", "/v1/chat/completions"}  # the engine works for each answer
 WITH_BODY = {
     "/v1/completions",
     "/v1/chat/completions",
@@ -69,7 +70,10 @@ CONFORMANCE = (
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize("path", sorted(ROUTES))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(one, marks=pytest.mark.long if one in SLOW else ()) for one in sorted(ROUTES)],
+)
 def test_answers_are_as_described(schema, path, mode):
     """Whatever is sent, as the document says or against it."""
     if mode is GenerationMode.NEGATIVE and path not in WITH_BODY:

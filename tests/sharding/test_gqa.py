@@ -13,7 +13,7 @@ def case(tmp_path_factory) -> Case:
 
 
 @pytest.mark.parametrize("partition", ["no-comm", "slora"])
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.long), 8])
 def test_as_on_one_device(case, devices, partition):
     engine = case.engine(tensor_parallel_size=devices, lora_partition=partition)
     case.check_served(engine)

@@ -144,7 +144,7 @@ def test_an_adapter_that_another_process_lost_fails_its_requests_only(directory)
     assert found.pop(said["last"])[0] == "length"  # the one that it has kept
     assert len(found) == 6
     for reason, why in found.values():
-        assert reason == "error"
+        assert reason == "rejected"
         assert "another process of the engine cannot copy it: RuntimeError: boom" in why
 
 

@@ -84,8 +84,9 @@ def test_no_request_is_lost(policy):
 
 @pytest.mark.parametrize(
     ("preset", "least"),
-    [("a10g-s2", 0.78), pytest.param("a100-80-s4", 0.65, marks=pytest.mark.long)],
+    [("a10g-s2", 0.78), ("a100-80-s4", 0.65)],
 )
+@pytest.mark.long
 def test_the_papers_order_of_policies(preset, least):
     """Its attainments: .27 < .79 < .86 on the A10G, .10 < .70 < .72 on the A100; not fitted.
 

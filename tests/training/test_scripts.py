@@ -74,6 +74,7 @@ def test_base_checkpoint_has_hugging_face_names_and_shapes(
     assert config["eos_token_id"] == END
 
 
+@pytest.mark.long
 def test_adapter_training(base_run: tuple[Path, list[float]], tmp_path: Path) -> None:
     argv = f"--tasks title --steps {STEPS} --batch-size 8 --held-out 16 --base {base_run[0]}"
     losses = train_adapters.main([*argv.split(), "--output", str(tmp_path)])
