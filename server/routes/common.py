@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response, Security
@@ -12,21 +11,23 @@ from fastapi.security import HTTPBearer
 from pydantic_core import from_json
 
 from server import errors
+from server.bodies import BodyRefused
 from server.frontend import FrontEnd
 from slora_jax.openai.errors import ErrorResponse
 
 
 class _JsonRequest(Request):
-    _parsed: Any = None
-
     async def json(self) -> Any:
-        if self._parsed is None:
-            body = await self.body()
-            try:
-                self._parsed = from_json(body)
-            except ValueError as error:
-                raise json.JSONDecodeError(str(error), "", 0) from error
-        return self._parsed
+        body = await self.body()
+        try:
+            parsed = from_json(body)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+        try:
+            self.app.state.front.config.check_body(parsed)
+        except errors.Invalid as error:
+            raise BodyRefused(error) from error
+        return parsed
 
 
 class JsonRoute(APIRoute):
@@ -36,11 +37,7 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            request = _JsonRequest(request.scope, request.receive)
-            if request.method == "POST":
-                with suppress(json.JSONDecodeError):  # the route says it
-                    request.app.state.front.config.check_body(await request.json())
-            return await handler(request)
+            return await handler(_JsonRequest(request.scope, request.receive))
 
         return handle
 

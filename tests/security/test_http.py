@@ -163,6 +163,21 @@ def test_headers_up_to_the_limit():
     run(story)
 
 
+def test_who_leaves_in_the_middle_of_a_body_is_no_bug(caplog):
+    async def story(one: Target) -> None:
+        for route in (b"/v1/completions", b"/tokenize", b"/v1/load_lora_adapter"):
+            wire = await one.connect()
+            head = POST.replace(b"/v1/completions", route)
+            await wire.send(head + b"Content-Length: 100\r\n\r\n{")
+            await asyncio.sleep(0.2)
+            wire.writer.transport.abort()
+        await asyncio.sleep(0.3)
+        await one.check_alive()
+
+    run(story)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("step", [10_000, 7, 1])
 @pytest.mark.parametrize("ask", [H2C, b"Connection: upgrade\r\nUpgrade: websocket\r\n"])
 def test_a_request_for_another_protocol_is_served_in_this_one(ask: bytes, step: int):
