@@ -27,7 +27,8 @@ from slora_jax.core import (
 )
 from slora_jax.engine.leading import Followers, LeadingRunner, reading
 from slora_jax.engine.output import HostLogprobs, RequestProgress
-from slora_jax.engine.requests import RequestMaker
+from slora_jax.engine.output_text import OutputText
+from slora_jax.engine.requests import RequestMaker, with_ends
 from slora_jax.engine.runner import ModelRunner, StepResult
 from slora_jax.engine.sizing import host_bytes, staging_pages
 from slora_jax.engine.start import adapter_reader, load_model
@@ -37,7 +38,7 @@ from slora_jax.scheduling.choice import make_policy
 from slora_jax.scheduling.cost_model import CostModel, StepLoad, step_load
 from slora_jax.scheduling.scheduler import Scheduler
 from slora_jax.stats import EngineStats
-from slora_jax.tokenizer import Detokenizer, load_tokenizer
+from slora_jax.tokenizer import load_tokenizer
 
 # Share of a step for which the host waits for copies to the device, while the device is at work: a
 # copy that is done by then is installed a step earlier. With this share, 384 adapters where 96 fit
@@ -99,7 +100,8 @@ class Engine:
         weights, self.setup = load_model(
             model_dir, EngineConfig(**options), peers, progress=progress
         )
-        self.config, self.options = self.setup.config, self.setup.options
+        self.config = with_ends(self.setup.config, self.tokenizer)
+        self.options = self.setup.options
         assert self.options.num_pages is not None
         self.pool = PagePool(self.options.num_pages)
         read = adapter_reader(self.setup, model_dir).read
@@ -277,12 +279,10 @@ class Engine:
             )
         request = self._requests.make(request_id, prompt, params, adapter)
         request.priority = priority
-        detokenizer = None
+        text = None
         if self.tokenizer is not None:
-            detokenizer = Detokenizer(self.tokenizer, request.prompt, params.skip_special_tokens)
-        self._progress[request_id] = RequestProgress(
-            request, self.config.eos_token_ids, detokenizer
-        )
+            text = OutputText(self.tokenizer, request.prompt, params)
+        self._progress[request_id] = RequestProgress(request, self.config.eos_token_ids, text)
         self.scheduler.add(request)
         self.adapters.hold(request)
         return request_id

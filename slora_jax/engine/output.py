@@ -11,8 +11,8 @@ from slora_jax.core import (
     Request,
     RequestOutput,
 )
+from slora_jax.engine.output_text import OutputText
 from slora_jax.engine.sampler import Logprobs
-from slora_jax.tokenizer import Detokenizer
 
 
 class RequestProgress:
@@ -21,19 +21,15 @@ class RequestProgress:
     Args:
         request: whose `output` gets the tokens.
         eos_ids: the model's end-of-sequence tokens.
-        detokenizer: None without a tokenizer: the text stays empty.
+        text: None without a tokenizer: it stays empty.
     """
 
-    def __init__(self, request: Request, eos_ids: tuple[int, ...], detokenizer: Detokenizer | None):
+    def __init__(self, request: Request, eos_ids: tuple[int, ...], text: OutputText | None):
         self.request = request
         self._eos_ids = eos_ids
-        self._detokenizer = detokenizer
+        self._text = text
         self._prompt = list(request.prompt)  # the outputs'; the engine goes on reading its own
-        self._text = ""
-        self._shown = 0  # characters already handed out
         params = request.params
-        # What might turn out to be the beginning of a stop string is not handed out yet.
-        self._held_back = max((len(stop) - 1 for stop in params.stop), default=0)
         self._logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -54,15 +50,11 @@ class RequestProgress:
         if token in request.stop_ids and len(request.output) > params.min_tokens:
             reason = FinishReason.STOP
             stop_reason = None if token in self._eos_ids and not params.ignore_eos else token
-        elif self._detokenizer is not None:
-            fresh = self._detokenizer.append(token)
-            self._text += fresh
-            stop_reason = self._find_stop(len(fresh))
-            reason = FinishReason.STOP if stop_reason is not None else None
-        if reason is None and len(request.output) >= request.max_output:
+        elif len(request.output) >= request.max_output:
             reason = FinishReason.LENGTH
-        if reason is not None and self._detokenizer is not None and stop_reason not in params.stop:
-            self._text += self._detokenizer.flush()
+        stop = self._take_text(token, reason)
+        if stop is not None:
+            reason, stop_reason = FinishReason.STOP, stop
         return self._output([token], reason, stop_reason)
 
     def abort(self) -> RequestOutput:
@@ -79,35 +71,34 @@ class RequestProgress:
         if self._prompt_logprobs[position] is None:
             self._prompt_logprobs[position] = logprobs
 
-    def _find_stop(self, fresh: int) -> str | None:
-        """Looks for stop strings that end in the last `fresh` characters, and cuts the text."""
-        params = self.request.params
-        if len(self.request.output) <= params.min_tokens:
+    def _take_text(self, token: int, reason: FinishReason | None) -> str | None:
+        """Adds a token's text, unless it ends the output; returns the stop string that this does.
+
+        The last text comes out only in the end, and may hold a stop string as well.
+        """
+        if self._text is None:
             return None
-        best: tuple[int, str] | None = None
-        for stop in params.stop:
-            at = self._text.find(stop, max(len(self._text) - fresh - len(stop) + 1, 0))
-            if at >= 0 and (best is None or at < best[0]):
-                best = at, stop
-        if best is None:
+        looks = len(self.request.output) > self.request.params.min_tokens
+        if reason is not FinishReason.STOP:
+            self._text.append(token)
+            if looks and (stop := self._text.cut_at_stop()) is not None:
+                return stop
+        if reason is None:
             return None
-        at, stop = best
-        self._text = self._text[: at + len(stop) * params.include_stop_str_in_output]
-        return stop
+        self._text.flush()
+        return self._text.cut_at_stop() if looks else None
 
     def _output(
         self, tokens: list[int], reason: FinishReason | None, stop_reason: int | str | None
     ) -> RequestOutput:
-        end = len(self._text) if reason else max(len(self._text) - self._held_back, self._shown)
-        fresh = self._text[self._shown : end]
-        self._shown = end
         request = self.request
+        text, fresh = ("", "") if self._text is None else self._text.take(reason is not None)
         return RequestOutput(
             request_id=request.id,
             adapter=request.adapter,
             prompt_token_ids=self._prompt,
             token_ids=list(request.output),
-            text=self._text[:end],
+            text=text,
             new_token_ids=tokens,
             new_text=fresh,
             finish_reason=reason,

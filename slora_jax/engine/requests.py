@@ -3,6 +3,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from slora_jax.config import EngineConfig, ModelConfig
 from slora_jax.core import Request, RequestError, SamplingParams, check_prompt_length
 from slora_jax.engine.packing import MOST_BANNED
 from slora_jax.tokenizer import Tokenizer
+
+
+def with_ends(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """Adds the tokenizer's end of sequence to the model's: users change the one they know of."""
+    end = None if tokenizer is None else tokenizer.eos_id
+    if end is None or end in config.eos_token_ids or end >= config.vocab_size:
+        return config
+    return replace(config, eos_token_ids=(*config.eos_token_ids, end))
 
 
 class RequestMaker:

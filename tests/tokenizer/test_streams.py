@@ -1,72 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text goes to tokens and back, and a stream of pieces is the text that a whole decode gives."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as RawTokenizer
 
 from slora_jax.tokenizer import Detokenizer, Tokenizer, TokenizerError, load_tokenizer
+from tests.tokenizer.kinds import END, FRAGMENTS, byte_fallback, byte_level, save
 
-END, PLAIN = "<|end|>", "<plain>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "{{ m.role }}:{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-# Tokens of more than one byte that begin or end inside a character: é is c3 a9, 😀 is f0 9f 98 80.
-FRAGMENTS = [b"\xa9\xc3", b" \xf0\x9f", b"\x98\x80", b"\x80 \xf0", b"\xff\xfe", b"he", b"\xe2\x82"]
-
-
-def save(raw: RawTokenizer, model_dir: Path, **config) -> Path:
-    model_dir.mkdir(exist_ok=True)
-    raw.save(str(model_dir / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END} | config
-    (model_dir / "tokenizer_config.json").write_text(json.dumps(config))
-    return model_dir
-
-
-def byte_level() -> RawTokenizer:
-    """Like Llama 3's: token b < 256 is byte b, then come FRAGMENTS and two added tokens."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    pieces = [bytes([byte]) for byte in range(256)] + FRAGMENTS
-    vocab = {"".join(letters[byte] for byte in piece): i for i, piece in enumerate(pieces)}
-    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_tokens([AddedToken(END, special=True), AddedToken(PLAIN, special=False)])
-    return raw
-
-
-def byte_fallback() -> RawTokenizer:
-    """Like Llama 2's: letters and the space are tokens, all else is spelled in bytes."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefg", "▁a"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    raw = RawTokenizer(
-        models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True)
-    )
-    raw.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]  # type: ignore[arg-type]
-    )
-    raw.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    raw.add_special_tokens([END])
-    return raw
 
 
 @pytest.fixture(scope="module")
