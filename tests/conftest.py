@@ -27,15 +27,14 @@ os.environ.setdefault("NPROC", "16")
 # demo's test, which runs for long what it compiles, 115 s, not 72.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-# Programs are kept as long as the tests run, for later files and for the processes that tests
-# start; never among the user's. Each worker has its own: JAX does not write a file at once, and
-# another process may be reading it.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
-else:
+# Programs are kept as long as the tests run, for later files, for the other workers and for the
+# processes that tests start; never among the user's. JAX writes a file at once only where it takes
+# a lock, and it takes one where the cache is bounded.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     programs = tempfile.TemporaryDirectory(prefix="slora-jax-tests-")
     atexit.register(programs.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 << 30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # Where a GPU is tested, these two may be missing.

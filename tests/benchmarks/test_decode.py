@@ -25,6 +25,7 @@ def test_rows(capsys):
     assert rows[2]["bytes"] - rows[1]["bytes"] == 2 * 4 * 2 * 8 * (384 + 256 + 256 + 384)
 
 
+@pytest.mark.long
 def test_mixed_ranks_on_all_linear_layers(capsys):
     argv = [*ARGUMENTS.replace("--rank 8", "--rank 16,8").split(), "--modules", "all-linear"]
     assert decode.main([*argv, "--adapters", "2", "--output", "20"]) == 0

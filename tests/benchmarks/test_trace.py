@@ -124,6 +124,7 @@ def results_of(main, arguments: str, tmp_path) -> list[dict]:
     return [line for line in lines if line["benchmark"] != "ceiling"]
 
 
+@pytest.mark.long
 def test_growing_numbers_of_adapters(tmp_path):
     workload = "--rate 20 --duration 1 --adapters 4,0,1 --first-run 2"
     lines = results_of(adapters.main, f"{ENGINE} {workload}", tmp_path)

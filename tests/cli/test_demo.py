@@ -15,6 +15,7 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.long  # `.ci/run` runs the demo as users do
 def test_every_adapter_is_right(capsys):
     code, report = run(capsys)
     assert code == 0

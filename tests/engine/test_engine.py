@@ -164,7 +164,8 @@ def test_a_step_that_fails_ends_the_engine(monkeypatch):
             call()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, tmp_path):
     """Nearly all texts are still right; weights that overflow are refused, not served as inf."""
     engine = Engine(

@@ -71,10 +71,14 @@ def table(output: RequestOutput, vocab: int) -> np.ndarray:
     return np.array([[position[v].logprob for v in range(vocab)] for position in positions])
 
 
+# Preempted requests are prefilled in several chunks as well: the other ways are long but for one.
 @pytest.mark.parametrize(
-    ("budget", "preempt_every"), [(CHUNK, None), (CHUNK, 3), (100, None)], ids=str
+    ("name", "budget", "preempt_every"),
+    [(name, CHUNK, 3) for name in CASES]
+    + [("gqa", 100, None)]
+    + [pytest.param(name, CHUNK, None, marks=pytest.mark.long) for name in CASES]
+    + [pytest.param(n, 100, None, marks=pytest.mark.long) for n in CASES if n != "gqa"],
 )
-@pytest.mark.parametrize("name", CASES)
 def test_golden(name, budget, preempt_every):
     case = GOLDEN / name
     requests = json.loads((case / "reference.json").read_text())["requests"]

@@ -21,6 +21,15 @@ from pallas_kernels.paged_prefill.tuning import TUNING as PREFILL
 from tests.pallas_kernels.pages import LAYOUTS, Pages
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mosaic's interpreter takes half a minute for some cases: without a GPU those are long."""
+    for item in items:
+        marked = item.get_closest_marker("long_in_mosaics_interpreter")
+        params = item.callspec.params if isinstance(item, pytest.Function) and marked else {}
+        if params.get("backend") == "mosaic" and jax.default_backend() != "gpu":
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
 def layout(request) -> PageLayout:
     return request.param

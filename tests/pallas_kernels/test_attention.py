@@ -13,6 +13,7 @@ from pallas_kernels.layout import PageLayout, ceil_div
 from tests.pallas_kernels.pages import LAYOUTS, assert_close, rounded
 
 LAYER = 1
+SLOW = pytest.mark.long_in_mosaics_interpreter
 ATTENTION_LAYOUTS = {
     "llama": LAYOUTS["llama"],
     "padded": LAYOUTS["padded"],
@@ -87,8 +88,8 @@ def test_decode(pages, backend, dtype, contexts, group):
     [
         ([1], [1], 3),
         ([40, 17, 5, 0, 33], [40, 1, 3, 0, 18], 1),
-        ([31, 64], [16, 1], 8),
-        ([200, 70, 1], [60, 9, 1], 4),
+        pytest.param([31, 64], [16, 1], 8, marks=SLOW),
+        pytest.param([200, 70, 1], [60, 9, 1], 4, marks=SLOW),
     ],
     ids=str,
 )

@@ -75,7 +75,8 @@ DELTA_CASES = {  # layout, ranks, lengths, inputs, outputs, layer; multiples of 
 }
 
 
-BLOCKS = pytest.mark.parametrize("block", [1, 64], ids=["single tokens", "blocks of 64"])
+SLOW = pytest.mark.long_in_mosaics_interpreter
+FEW = "unequal ranks", "fused, some modules missing", "base only"  # show most
 
 
 def halves(x, y, *where, max_rank, **static):
@@ -92,10 +93,15 @@ WAYS = pytest.mark.parametrize(
 )
 
 
-@BLOCKS
-@pytest.mark.parametrize("case", DELTA_CASES.values(), ids=DELTA_CASES.keys())
-def test_delta(backend, dtype, block, case):
-    name, *shape = case
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [(name, 1) for name in FEW]
+    + [("fused, some modules missing", 64)]
+    + [pytest.param(name, 1, marks=SLOW) for name in DELTA_CASES if name not in FEW]
+    + [pytest.param(name, 64, marks=SLOW) for name in DELTA_CASES if name != FEW[1]],
+)
+def test_delta(backend, dtype, name, block):
+    name, *shape = DELTA_CASES[name]
     check_delta(Pages(LAYOUTS[name]), lora_delta, backend, dtype, block, *shape)
 
 
@@ -117,6 +123,7 @@ def check_delta(
     np.testing.assert_array_equal(got[sum(lengths) :].astype(jnp.float32), y[sum(lengths) :])
 
 
+@SLOW
 def test_delta_of_runs_longer_than_a_block(backend, dtype):
     """Runs that begin and end anywhere between the multiples of 64 at which they are cut."""
     pages = Pages(LAYOUTS["wide"])
@@ -124,7 +131,9 @@ def test_delta_of_runs_longer_than_a_block(backend, dtype):
     check_delta(pages, lora_delta, backend, dtype, 64, ranks, lengths, 320, (128, 64), 1, base=20)
 
 
-@pytest.mark.parametrize("delta", [lora_delta, halves], ids=["whole", "halves"])
+@pytest.mark.parametrize(
+    "delta", [lora_delta, pytest.param(halves, marks=SLOW)], ids=["whole", "halves"]
+)
 def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     """Both kernels on one step: neither touches the other's tokens."""
     pages = Pages(LAYOUTS["wide"])
@@ -199,13 +208,15 @@ HALVES_CASES = {  # with A and B in columns of their own; and B behind A
     "odd inputs": ("llama", [[8], [3]], [2, 1], 40, (128,), 1, False),
     "odd outputs": ("llama", [[8], [3]], [2, 1], 128, (40,), 1, False),
 }
-IN_BLOCKS = "fused, some modules missing, apart", "odd inputs", "odd outputs"
+ODD = "odd inputs", "odd outputs"
+IN_BLOCKS = "fused, some modules missing, apart", *ODD
 
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [(name, 1) for name in HALVES_CASES]
-    + [(name, 64) for name in IN_BLOCKS]
+    [(name, 1) for name in ODD]
+    + [pytest.param(name, 1, marks=SLOW) for name in HALVES_CASES if name not in ODD]
+    + [pytest.param(name, 64, marks=SLOW) for name in IN_BLOCKS]
     + [pytest.param("outer, apart", 64, marks=pytest.mark.long)],
 )
 def test_halves(backend, dtype, name, block):

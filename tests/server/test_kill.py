@@ -13,7 +13,7 @@ import pytest
 from tests.server.running import RunningServer, is_alive
 
 MODEL = ["--model", "tests/golden/mha/model", "--served-model-name", "base", "--max-num-seqs", "8"]
-MODEL += ["--decode-batch-sizes", "8", "--max-num-batched-tokens", "32"]
+MODEL += ["--decode-batch-sizes", "8", "--max-num-batched-tokens", "8"]
 ON_ITS_WAY_S = 1.0  # most that a request needs to the server, on a machine that has much to do
 LONG = {"model": "base", "prompt": [1, 2, 3], "max_tokens": 100, "ignore_eos": True}
 

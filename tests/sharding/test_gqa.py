@@ -12,8 +12,14 @@ def case(tmp_path_factory) -> Case:
     return Case(tmp_path_factory.mktemp("gqa"), GQA)
 
 
-@pytest.mark.parametrize("partition", ["no-comm", "slora"])
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.long), 8])
+@pytest.mark.parametrize(
+    ("devices", "partition"),
+    [(2, "no-comm"), (8, "slora")]
+    + [
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in [(2, "slora"), (4, "no-comm"), (4, "slora"), (8, "no-comm")]
+    ],
+)
 def test_as_on_one_device(case, devices, partition):
     engine = case.engine(tensor_parallel_size=devices, lora_partition=partition)
     case.check_served(engine)

@@ -15,7 +15,11 @@ def case(tmp_path_factory) -> Case:
 # What is shared or split of keys and values differs from `test_gqa`, which has all combinations.
 @pytest.mark.parametrize(
     ("devices", "partition"),
-    [(2, "slora"), (4, "no-comm"), pytest.param(8, "slora", marks=pytest.mark.long)],
+    [
+        (2, "slora"),
+        pytest.param(4, "no-comm", marks=pytest.mark.long),
+        pytest.param(8, "slora", marks=pytest.mark.long),
+    ],
 )
 def test_as_on_one_device(case, devices, partition):
     engine = case.engine(tensor_parallel_size=devices, lora_partition=partition)

@@ -20,6 +20,10 @@ from training.dense_llama import LlamaConfig
 STEPS = 20
 
 
+# Training is no part of serving: its tests are long. The others are of what it shares with serving.
+LONG = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def base_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """The output directory and losses of a short base training."""
@@ -34,10 +38,12 @@ def assert_loss_falls(losses: list[float]) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+@LONG
 def test_base_training_reduces_the_loss(base_run: tuple[Path, list[float]]) -> None:
     assert_loss_falls(base_run[1])
 
 
+@LONG
 def test_base_checkpoint_has_hugging_face_names_and_shapes(
     base_run: tuple[Path, list[float]],
 ) -> None:
@@ -75,6 +81,7 @@ def test_base_checkpoint_has_hugging_face_names_and_shapes(
 
 
 @pytest.mark.long
+@LONG
 def test_adapter_training(base_run: tuple[Path, list[float]], tmp_path: Path) -> None:
     argv = f"--tasks title --steps {STEPS} --batch-size 8 --held-out 16 --base {base_run[0]}"
     losses = train_adapters.main([*argv.split(), "--output", str(tmp_path)])
@@ -107,6 +114,7 @@ def test_rank_and_alpha_patterns_follow_peft() -> None:
     assert double.scale("model.layers.0.mlp.up_proj") == pytest.approx(12 / 32**0.5)
 
 
+@LONG
 def test_tokenizer(base_run: tuple[Path, list[float]]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_run[0])
     text = "Hé llo,  日本 🚀\n\t<b> \x00"
@@ -121,6 +129,7 @@ def test_tokenizer(base_run: tuple[Path, list[float]]) -> None:
     assert tokenizer.eos_token_id == END
 
 
+@LONG
 def test_tokenizer_has_every_byte(base_run: tuple[Path, list[float]]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_run[0])
     every_character = "".join(chr(code) for code in range(0x800)) + "\u4e2d\U0001f680"
