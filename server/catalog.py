@@ -49,7 +49,8 @@ class AdapterCatalog:
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._config = config
         self._client = client
-        self._directories = Directories(config.lora_dir)
+        self._directories = Directories(config.lora_dir, config.adapter_roots)
+        self._refused: dict[str, Signature] = {}  # of --lora-dir, as they were then
         self._loads: dict[str, asyncio.Task[None]] = {}  # of --lora-dir, under way
         # One change of a name at a time; a lock is there while somebody has it.
         self._changes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -76,11 +77,16 @@ class AdapterCatalog:
     async def cards(self) -> list[ModelCard]:
         """The base model, then all adapters by name, those of `--lora-dir` included.
 
+        Those that are there no more, or were refused as they are, are not.
+
         Raises:
             Unavailable: their directory does not answer.
         """
         base = self._config.served_model_names
-        names = {*await self._directories.names(), *self.loaded} - {*base}
+        there = await self._directories.signatures()
+        names = {name for name, found in there.items() if self._refused.get(name) != found}
+        names |= {name for name, one in self.loaded.items() if one.signature is None}
+        names -= {*base}
         return [self._card(name) for name in (*base, *sorted(names))]
 
     async def card(self, name: str) -> ModelCard:
@@ -138,7 +144,7 @@ class AdapterCatalog:
             raise Invalid(
                 f"The lora adapter '{name}' conflicts with a served base model.", "lora_name"
             )
-        directory = await self._directories.confined(path, self._config.adapter_roots)
+        directory = await self._directories.confined(path)
         async with self._lock(name):
             if name in self.loaded and not replace:
                 raise Invalid(
@@ -193,13 +199,13 @@ class AdapterCatalog:
         async with self._lock(name):
             if await self._is_current(name):
                 return
-            assert self._config.lora_dir is not None
-            roots = [self._config.lora_dir]
-            directory = await self._directories.confined(name, roots, "model")
+            # Where the name's links lead may change meanwhile: then the next look sees it.
+            directory = await self._directories.named(name)
             signature, known = await self._directories.signature(directory), name in self.loaded
             try:
                 await self._client.load_adapter(name, directory, replace=known, pinned=False)
             except AdapterRefused as error:
+                self._refused[name] = signature
                 if not known:
                     raise Invalid(str(error), "model") from error
                 logger.warning(
@@ -213,5 +219,6 @@ class AdapterCatalog:
         one = self.loaded.get(name)
         if one is None or one.signature is None:
             return one is not None
-        found = await self._directories.signature(one.path)
+        assert self._config.lora_dir is not None
+        found = await self._directories.signature(self._config.lora_dir / name)
         return found == one.signature or not await self._directories.has(name)

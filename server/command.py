@@ -35,17 +35,16 @@ from slora_jax.cli.options import (
     engine_options,
     follow,
 )
-from slora_jax.config import EngineConfig
+from slora_jax.config import MAX_NUM_SEQS, EngineConfig
 from slora_jax.demo import BASE_MODEL, adapter_dirs
 from slora_jax.tokenizer import TokenizerError
 
 _DEMO_NAME = "slora-demo"
 _DEMO_OPTIONS = {  # small and quick to compile
     "num_pages": 1024,
-    "max_num_batched_tokens": 128,
-    "decode_batch_sizes": (8, 64),
     "max_loras": 16,
 }
+_DEMO_STEP_TOKENS, _DEMO_BATCH = 128, 8
 _API_KEY_VARIABLE = "SLORA_API_KEY"
 _ADMIN_KEY_VARIABLE = "SLORA_ADMIN_API_KEY"
 _SWITCH_S = 0.001  # that the event loop waits for a thread that is busy; Python's default is 5 ms
@@ -209,6 +208,17 @@ def _fill_in_demo(args: argparse.Namespace) -> None:
     for name, value in _DEMO_OPTIONS.items():
         if getattr(args, name) == defaults[name]:
             setattr(args, name, value)
+    _size_demo(args)
+
+
+def _size_demo(args: argparse.Namespace) -> None:
+    """Few programs to compile, whatever the user has chosen of the sizes."""
+    seqs, tokens, sizes = args.max_num_seqs, args.max_num_batched_tokens, args.decode_batch_sizes
+    if tokens is None:
+        args.max_num_batched_tokens = max(_DEMO_STEP_TOKENS, seqs or 0, *(sizes or ()))
+    if sizes is None:
+        most = seqs or min(MAX_NUM_SEQS, args.max_num_batched_tokens)
+        args.decode_batch_sizes = (most,) if most <= _DEMO_BATCH else (_DEMO_BATCH, most)
 
 
 def _server_config(args: argparse.Namespace, max_loras: int | None) -> ServerConfig:

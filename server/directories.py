@@ -4,6 +4,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -23,11 +24,13 @@ class Directories:
     All methods raise Unavailable if the disk does not answer.
 
     Args:
-        lora_dir: a directory of adapters' directories.
+        lora_dir: a directory of adapters' directories, or of links to them.
+        roots: directories that adapters may be loaded from, `lora_dir` among them.
     """
 
-    def __init__(self, lora_dir: Path | None) -> None:
+    def __init__(self, lora_dir: Path | None, roots: Sequence[Path]) -> None:
         self._lora_dir = lora_dir
+        self._roots = roots
         self._reads = Reads("looks", _THREADS, math.inf)
         self._next: dict[str, asyncio.Task] = {}  # looks that have not begun
         # One look at a place at a time; a lock is there while somebody has it.
@@ -40,20 +43,26 @@ class Directories:
             return False
         return await self._look(f"{root / name}: there", lambda: _is_file(root / name))
 
-    async def names(self) -> list[str]:
-        """Of all adapters that `lora_dir` has."""
+    async def signatures(self) -> dict[str, Signature]:
+        """Of all adapters that `lora_dir` has and that may be loaded, by name."""
         root = self._lora_dir
-        return [] if root is None else await self._look(f"{root}: names", lambda: _names_in(root))
+        if root is None:
+            return {}
+        return await self._look(f"{root}: all", lambda: _signatures_in(root, self._roots))
 
     async def signature(self, directory: Path) -> Signature:
         """See `signature_of`."""
         return await self._look(f"{directory}: signature", lambda: signature_of(directory))
 
-    async def confined(self, path: str, roots: Sequence[Path], param: str = "lora_path") -> Path:
+    async def confined(self, path: str, param: str = "lora_path") -> Path:
         """See `confined`."""
-        places = ", ".join(map(str, roots))  # the same path may be in another one for others
-        what = f"{path}: confined to {places} for {param}"
-        return await self._look(what, lambda: confined(path, roots, param))
+        what = f"{path}: confined for {param}"
+        return await self._look(what, lambda: confined(path, self._roots, param))
+
+    async def named(self, name: str) -> Path:
+        """The same of an adapter of `lora_dir`."""
+        assert self._lora_dir is not None
+        return await self.confined(str(self._lora_dir.absolute() / name), "model")
 
     async def _look[T](self, what: str, look: Callable[[], T]) -> T:
         """Has a thread look. Those who ask for the same before it begins share what it finds."""
@@ -86,9 +95,16 @@ def _is_file(directory: Path) -> bool:
         return False
 
 
-def _names_in(root: Path) -> list[str]:
-    names = (file.parent.name for file in root.glob(f"*/{CONFIG_FILE}"))
-    return [name for name in names if is_adapter_name(name)]
+def _signatures_in(root: Path, roots: Sequence[Path]) -> dict[str, Signature]:
+    """Of what can be loaded: what has both files, inside of the roots."""
+    found = {}
+    for directory in (file.parent for file in root.glob(f"*/{CONFIG_FILE}")):
+        signature = signature_of(directory)
+        if is_adapter_name(directory.name) and all(signature):
+            with suppress(Invalid, NotFound):
+                confined(str(directory.absolute()), roots)
+                found[directory.name] = signature
+    return found
 
 
 def confined(path: str, roots: Sequence[Path], param: str = "lora_path") -> Path:

@@ -2,10 +2,11 @@
 """What goes wrong on the way to the engine, as HTTP says it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import JSONResponse
 
-from slora_jax.core import RequestError
+from slora_jax.core import PromptTooLongError, RequestError
 from slora_jax.openai.errors import ErrorInfo, ErrorResponse
 
 
@@ -20,6 +21,7 @@ class HttpError(Exception):
 
     status = 500
     kind = "InternalServerError"
+    code: str | None = None  # OpenAI's, where clients look at it
 
     def __init__(
         self, message: str, param: str | None = None, retry_after: int | None = None
@@ -33,7 +35,8 @@ class HttpError(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
     def body(self) -> ErrorResponse:
-        info = ErrorInfo(message=str(self), type=self.kind, param=self.param, code=self.status)
+        code: Any = self.status if self.code is None else self.code
+        info = ErrorInfo(message=str(self), type=self.kind, param=self.param, code=code)
         return ErrorResponse(error=info)
 
 
@@ -41,6 +44,12 @@ class Invalid(HttpError):
     """The request can't be served as asked."""
 
     status, kind = 400, "BadRequestError"
+
+
+class TooLong(Invalid):
+    """The prompt leaves no room for output."""
+
+    code = PromptTooLongError.code
 
 
 class Unauthorized(HttpError):
@@ -102,7 +111,9 @@ def error_response(error: HttpError) -> JSONResponse:
 
 def as_http_error(error: RequestError) -> HttpError:
     """The answer to a request that the engine's side refuses."""
+    if isinstance(error, PromptTooLongError):
+        return TooLong(str(error), error.param)
     info = ErrorResponse.of(error).error
     kinds = {kind.status: kind for kind in (Invalid, NotFound, Unavailable)}
     retry_after = 1 if info.code == Unavailable.status else None
-    return kinds[info.code](info.message, info.param, retry_after)
+    return kinds[int(info.code)](info.message, info.param, retry_after)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from server.errors import Invalid
 from slora_jax.core import RequestError, check_prompt_length, prompt_too_long
-from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields, Message
+from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields
 from slora_jax.openai.completions import CompletionRequest
+from slora_jax.openai.messages import Message
 from slora_jax.tokenizer import Tokenizer, TokenizerError
 
 _LONG_TEXT = 20_000  # characters, some milliseconds of tokenization
@@ -95,8 +96,8 @@ class PromptEncoder:
             return self._encode(text, add_special_tokens, limit)
 
         length = sum(_MESSAGE + len(message.text) for message in messages)
-        if fields.chat_template_kwargs:  # what a template does with them is up to it
-            length = max(length, _LONG_TEXT)
+        if fields.chat_template_kwargs or any(message.has_more for message in messages):
+            length = max(length, _LONG_TEXT)  # what a template does with them is up to it
         return await self._run(encode, length, "messages")
 
     def need_tokenizer(self) -> Tokenizer:

@@ -2,7 +2,7 @@
 """What a model is and how the engine is set up: frozen, validated, without JAX."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from slora_jax.scheduling.options import SchedulingOptions
 
@@ -93,6 +93,10 @@ class ModelConfig:
         }[module]
 
 
+MAX_NUM_SEQS = 64
+MAX_NUM_BATCHED_TOKENS = 512
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(SchedulingOptions):
     """How the engine is set up, beside the scheduling. Names are vLLM's where it has one.
@@ -112,8 +116,9 @@ class EngineConfig(SchedulingOptions):
         num_pages: pages of the pool, the reserved one included; None: what the device has room for.
         gpu_memory_utilization: share of the device's memory that weights and pool may take.
         max_model_len: most tokens of a request; None: the model's `max_position_embeddings`.
-        max_num_seqs: most requests in a batch.
-        max_num_batched_tokens: most tokens of a step; longer prompts are computed in chunks.
+        max_num_seqs: most requests in a batch; None: 64, or fewer if a step has fewer tokens.
+        max_num_batched_tokens: most tokens of a step; longer prompts are computed in chunks. None:
+            512, or `max_num_seqs` if that is more.
         decode_batch_sizes: sizes that decode steps are compiled for and padded to, the last one
             `max_num_seqs`; None: powers of two. Fewer compile faster.
         max_loras: most adapters in the pool at once.
@@ -139,8 +144,8 @@ class EngineConfig(SchedulingOptions):
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int = cast(int, None)  # a number once it is made
+    max_num_batched_tokens: int = cast(int, None)  # also
     decode_batch_sizes: tuple[int, ...] | None = None
     max_loras: int = 256
     max_lora_rank: int = 64
@@ -154,6 +159,7 @@ class EngineConfig(SchedulingOptions):
 
     def __post_init__(self) -> None:
         SchedulingOptions.__post_init__(self)  # super() knows no classes with slots
+        self._choose_batch()
         if self.decode_batch_sizes is not None:
             object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))
         sizes = self.decode_batch_sizes
@@ -202,3 +208,15 @@ class EngineConfig(SchedulingOptions):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    def _choose_batch(self) -> None:
+        """What was not given goes with what was."""
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs is None:
+            seqs = MAX_NUM_SEQS if tokens is None else max(1, min(MAX_NUM_SEQS, tokens))
+            if self.decode_batch_sizes:
+                seqs = max(self.decode_batch_sizes)
+        if tokens is None:
+            tokens = max(MAX_NUM_BATCHED_TOKENS, seqs)
+        object.__setattr__(self, "max_num_seqs", seqs)
+        object.__setattr__(self, "max_num_batched_tokens", tokens)

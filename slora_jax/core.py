@@ -39,17 +39,23 @@ class RequestError(ValueError):
         self.param = param
 
 
+class PromptTooLongError(RequestError):
+    """The prompt leaves no room for output. Clients know it by its code and some of its words."""
+
+    code = "context_length_exceeded"  # OpenAI's
+
+
 def check_prompt_length(length: int, max_model_len: int) -> None:
-    """Raises RequestError unless there is room for a prompt of so many tokens and one of output."""
+    """Raises PromptTooLongError unless there is room for so many tokens and one of output."""
     if length >= max_model_len:
         raise prompt_too_long(str(length), max_model_len)
 
 
-def prompt_too_long(length: str, max_model_len: int) -> RequestError:
+def prompt_too_long(length: str, max_model_len: int) -> PromptTooLongError:
     """The error of a prompt whose number of tokens is `length`, in words perhaps."""
-    return RequestError(
+    return PromptTooLongError(
         f"the prompt has {length} tokens; with at least one token of output that is more than "
-        f"max_model_len {max_model_len}",
+        f"the maximum context length, max_model_len {max_model_len}",
         "prompt",
     )
 
@@ -77,7 +83,7 @@ class SamplingParams:
             prompt or the output (CTRL, arXiv 1909.05858). 1: off.
         presence_penalty: subtracted once from tokens already generated.
         frequency_penalty: subtracted for each time a token was generated.
-        seed: the same seed, prompt and adapter give the same tokens in any batch.
+        seed: the same seed, prompt and adapter give the same tokens in any batch. -1: None.
         stop: strings that end the output; not part of it unless `include_stop_str_in_output`.
         stop_token_ids: token ids that end the output, beside the model's end of sequence.
         ignore_eos: go on past the model's end of sequence.
@@ -110,6 +116,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         self._check_types()
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         checks = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             "min_tokens": (

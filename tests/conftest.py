@@ -19,6 +19,7 @@ from jaxtyping import install_import_hook
 
 pytest_plugins = ["tests.resources"]
 MOST_MAPS = 8000
+_SLOWEST = {"sharding": 4, "engine": 3, "pallas_kernels": 2, "server": 1}  # of the tests' folders
 
 # Mosaic's interpreter has a thread of XLA's pool wait for another one: a pool of as many threads as
 # the machine has cores can deadlock. XLA reads this once, when JAX makes its CPU client.
@@ -52,6 +53,11 @@ def pytest_xdist_auto_num_workers() -> int | None:
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     usable = any(map(importlib.util.find_spec, plugins)) and Path("/dev/nvidiactl").exists()
     return 0 if usable and os.environ.get("JAX_PLATFORMS") != "cpu" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes long, so that no worker ends with it alone: files are given out in order."""
+    items.sort(key=lambda item: _SLOWEST.get(item.path.parent.name, 0), reverse=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

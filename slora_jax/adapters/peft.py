@@ -20,7 +20,7 @@ from slora_jax.adapters.peft_config import LoraConfig
 from slora_jax.adapters.peft_tensors import MOST_HEADER, AdapterTensors, Tensor, module_paths
 from slora_jax.config import ModelConfig
 
-type Signature = tuple[tuple[int, int, int], ...]
+type Signature = tuple[tuple[int, ...], ...]
 """Of an adapter's files: see `signature_of`."""
 
 CONFIG_FILE = "adapter_config.json"
@@ -143,14 +143,18 @@ def files_of(directory: Path) -> tuple[Path, Path]:
 
 
 def signature_of(directory: Path) -> Signature:
-    """What changes when one of the adapter's files is written or replaced, for a quick look."""
+    """What changes when one of the adapter's files is written or replaced, for a quick look.
+
+    So it does when a link on the way to them leads somewhere else.
+    """
     found = []
     for file in files_of(directory):
         try:
             stat = file.stat()
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            times = stat.st_mtime_ns, stat.st_ctime_ns
+            found.append((stat.st_dev, stat.st_ino, stat.st_size, *times))
         except OSError:
-            found.append((0, 0, 0))  # reading it will say what is wrong
+            found.append(())  # reading it will say what is wrong
     return tuple(found)
 
 

@@ -53,8 +53,9 @@ _ENGINE_HELP: Mapping[str, str] = {
     "num_pages": "pages of the pool (default: what the device has room for)",
     "gpu_memory_utilization": "share of the device's memory for weights and pool",
     "max_model_len": "most tokens of a request (default: what the model was made for)",
-    "max_num_seqs": "most requests in a batch",
-    "max_num_batched_tokens": "most tokens of a step; longer prompts are cut in chunks",
+    "max_num_seqs": "most requests in a batch (default: 64, or as many as a step has tokens)",
+    "max_num_batched_tokens": "most tokens of a step; longer prompts are cut in chunks (default: "
+    "512, or max-num-seqs)",
     "decode_batch_sizes": "batch sizes to compile for, up to max-num-seqs (default: powers of two)",
     "kernel_backend": "mosaic: kernels for NVIDIA Hopper; triton: since Ampere; xla: everywhere",
     "max_loras": "most adapters in the pool at once",

@@ -10,6 +10,7 @@ from slora_jax.core import RowPlan, StepPlan
 from slora_jax.engine.sampler import PenaltyInputs, SamplingInputs
 from slora_jax.model.inputs import Bucket, StepInputs
 
+_LEAST_POSITIVE = np.float32(1e-30)
 MOST_BANNED = 16  # token ids that `min_tokens` can hold back, a row
 
 
@@ -127,12 +128,17 @@ def _column(rows: Sequence[RowPlan], bucket: int, name: str, fill: float) -> np.
     return np.asarray([*values, *[fill] * (bucket - len(rows))], np.float32)
 
 
+def _positive(rows: Sequence[RowPlan], bucket: int, name: str) -> np.ndarray:
+    """A column without what float32 takes for 0, or by which logits overflow; 1 where unused."""
+    return np.maximum(_column(rows, bucket, name, 1.0), _LEAST_POSITIVE)
+
+
 def sampling(rows: Sequence[RowPlan], bucket: int, vocab: int) -> SamplingInputs:
     top_k = [row.request.params.top_k for row in rows]
     return SamplingInputs(
         temperature=_column(rows, bucket, "temperature", 0.0),
         top_k=padded([k if 0 < k < vocab else vocab for k in top_k], bucket, vocab),
-        top_p=_column(rows, bucket, "top_p", 1.0),
+        top_p=_positive(rows, bucket, "top_p"),
         min_p=_column(rows, bucket, "min_p", 0.0),
         seed=padded([row.request.seed for row in rows], bucket, 0),
         position=padded([row.position for row in rows], bucket, 0),
@@ -141,7 +147,7 @@ def sampling(rows: Sequence[RowPlan], bucket: int, vocab: int) -> SamplingInputs
 
 def penalties(rows: Sequence[RowPlan], bucket: int) -> PenaltyInputs:
     return PenaltyInputs(
-        repetition=_column(rows, bucket, "repetition_penalty", 1.0),
+        repetition=_positive(rows, bucket, "repetition_penalty"),
         presence=_column(rows, bucket, "presence_penalty", 0.0),
         frequency=_column(rows, bucket, "frequency_penalty", 0.0),
     )

@@ -78,7 +78,7 @@ class RequestMaker:
             seed=random.Random(seed % 2**64).getrandbits(31),
             max_output=min(params.max_tokens or room, room),
         )
-        self._check_pages(request)
+        self._fit_pool(request)
         return request
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -137,18 +137,25 @@ class RequestMaker:
             if asked > vocab:
                 raise RequestError(f"{name} is {asked}; the model has {vocab} tokens", name)
 
-    def _check_pages(self, request: Request) -> None:
-        """Refuses what would not fit even if it were alone in the pool with what is pinned."""
-        kv = request.most_pages(self._options.page_size)
-        needed = self._adapters.pages_needed(request)
+    def _fit_pool(self, request: Request) -> None:
+        """Cuts `max_output` to what the pool has room for, as to the model's length.
+
+        Raises:
+            RequestError: the prompt does not fit, even alone in the pool with what is pinned.
+        """
+        page_size = self._options.page_size
         room = self._adapters.room_for(request.adapter_id)
+        lora = self._adapters.pages_needed(request) - request.most_pages(page_size)
+        # The last token is never read: it needs no room.
+        fitting = (room - lora) * page_size + 1 - len(request.prompt)
+        if fitting >= 1:
+            request.max_output = min(request.max_output, fitting)
+            return
         pinned = self._adapters.capacity - room
-        if needed > room:
-            beside = f" beside {pinned} of pinned adapters" if pinned else ""
-            raise RequestError(
-                f"the request needs {kv} pages for {len(request.prompt) + request.max_output - 1} "
-                f"tokens of KV cache and {needed - kv} for its adapter, the pool has {room}"
-                f"{beside}: raise num_pages, {'unpin adapters, ' if pinned else ''}or lower "
-                "max_tokens",
-                "max_tokens",
-            )
+        beside = f" beside {pinned} of pinned adapters" if pinned else ""
+        raise RequestError(
+            f"the request needs {-(-len(request.prompt) // page_size)} pages for its prompt of "
+            f"{len(request.prompt)} tokens and {lora} for its adapter, the pool has {room}{beside}"
+            f": raise num_pages{', unpin adapters' if pinned else ''} or shorten the prompt",
+            "prompt",
+        )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every process of an engine does first: weights and pool onto its devices."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from slora_jax.engine.sizing import check_pool_fits, host_bytes, pool_pages
 from slora_jax.hf_config import read_model_config
 from slora_jax.model.loader import dummy_weights, load_weights
 from slora_jax.model.weights import LlamaWeights
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -47,10 +50,25 @@ def load_model(
 
     peers.together(check, lambda _: {})
     options = replace(setup.options, num_pages=num_pages)
+    _warn_of_small_pool(options)
     if options.max_cpu_lora_gib is None:
         share = host_bytes(options, processes_here(peers)) / 2**30
         options = replace(options, max_cpu_lora_gib=share)
     return weights, replace(setup, options=options)
+
+
+def _warn_of_small_pool(options: EngineConfig) -> None:
+    assert options.num_pages is not None
+    assert options.max_model_len is not None
+    tokens = (options.num_pages - 1) * options.page_size
+    if tokens < options.max_model_len:
+        logger.warning(
+            "the pool's %d pages hold %d tokens, adapters included, fewer than max_model_len %d: "
+            "requests end sooner; raise num_pages or gpu_memory_utilization",
+            options.num_pages - 1,
+            tokens,
+            options.max_model_len,
+        )
 
 
 def adapter_reader(setup: Setup, model_dir: Path) -> AdapterReader:

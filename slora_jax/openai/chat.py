@@ -15,59 +15,12 @@ from slora_jax.openai.logprobs import (
     chat_logprobs,
     prompt_logprobs,
 )
+from slora_jax.openai.messages import Message
 from slora_jax.openai.replies import Tokens, Usage, as_one_piece
 from slora_jax.openai.tokens import TokenTexts
 
 _NO_TOOLS = "the model is given no tools; put them in the messages' text"
 _TEXT_ONLY = "messages and answers are text"
-
-
-class TextPart(BaseModel):
-    """A part of a message's content."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message of a conversation; parts of its content are joined by newlines."""
-
-    model_config = ConfigDict(strict=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
-        description="a string, or a list of text parts"
-    )
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _screen(cls, body: Any) -> Any:
-        """Refuses what is not implemented."""
-        if not isinstance(body, dict):
-            return body
-        for name in ("tool_calls", "function_call"):
-            if body.get(name):
-                raise RequestError(f"messages: {name} is not supported: {_NO_TOOLS}", "messages")
-        parts = body.get("content")
-        for part in parts if isinstance(parts, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                raise RequestError(f"messages: {kind} is not supported: {_TEXT_ONLY}", "messages")
-        return body
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
-
-    def for_template(self) -> dict[str, str]:
-        """What chat templates expect."""
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": self.text, **named}
 
 
 class ChatTemplateFields(BaseModel):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidatorFunctionWrapHandler,
@@ -50,6 +51,10 @@ def _are_tokens(ids: list[Any]) -> bool:
     return {*map(type, ids)} == {int} and _LEAST_INT64 <= min(ids) <= max(ids) <= _MOST_INT64
 
 
+def _count(logprobs: Any) -> Any:
+    return (1 if logprobs else None) if isinstance(logprobs, bool) else logprobs
+
+
 type Prompt = Annotated[
     str | list[Int64] | list[str] | list[list[Int64]], WrapValidator(_check_prompt)
 ]
@@ -61,7 +66,8 @@ class CompletionRequest(GenerationRequest):
     Attributes:
         max_tokens: null: as many as the model's length allows, as in vLLM. 0 with `echo` scores
             the prompt and generates nothing.
-        logprobs: of that many most likely tokens at each position, -1 for all; the prompt's
+        logprobs: of that many most likely tokens at each position, -1 for all, and as in vLLM
+            true is 1; the prompt's
             positions included with `echo`.
         prompt_logprobs: the same for the prompt, in vLLM's shape.
     """
@@ -76,7 +82,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Int64 | None = 16
     best_of: int | None = None
     echo: bool = False
-    logprobs: Int64 | None = None
+    logprobs: Annotated[Int64 | None, BeforeValidator(_count)] = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")

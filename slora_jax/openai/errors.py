@@ -2,11 +2,17 @@
 """Error objects in OpenAI's shape, and JSON bodies that are checked against a model."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from slora_jax.core import FinishReason, OverloadedError, RequestError, RequestOutput
+from slora_jax.core import (
+    FinishReason,
+    OverloadedError,
+    PromptTooLongError,
+    RequestError,
+    RequestOutput,
+)
 
 
 class UnknownModelError(RequestError):
@@ -17,12 +23,12 @@ class UnknownModelError(RequestError):
 
 
 class ErrorInfo(BaseModel):
-    """What is wrong; `code` is the HTTP status, `type` its name in vLLM."""
+    """What is wrong; `type` is vLLM's name of the HTTP status, `code` it or a word of OpenAI's."""
 
     message: str
     type: str
     param: str | None
-    code: int
+    code: int | Literal["context_length_exceeded"]
 
 
 class ErrorResponse(BaseModel):
@@ -33,9 +39,12 @@ class ErrorResponse(BaseModel):
     @classmethod
     def of(cls, error: RequestError) -> "ErrorResponse":
         """The error object of a request that is not served."""
-        kind, code = "BadRequestError", 400
+        kind: str = "BadRequestError"
+        code: Any = 400
         if isinstance(error, UnknownModelError):
             kind, code = "NotFoundError", 404
+        elif isinstance(error, PromptTooLongError):
+            code = error.code
         elif isinstance(error, OverloadedError):
             kind, code = "ServiceUnavailableError", 503
         return cls(error=ErrorInfo(message=str(error), type=kind, param=error.param, code=code))

@@ -31,7 +31,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class ChatTokenLogprob(TypedDict):
-    """One token, and the UTF-8 of its text."""
+    """One token, and its own bytes: those of several tokens may make one character."""
 
     token: str
     logprob: float
@@ -110,14 +110,15 @@ def chat_logprobs(
 ) -> ChatLogprobs:
     """One entry for each of `tokens`; the arguments are those of `completion_logprobs`."""
 
-    def entry(name: str, one: Logprob) -> ChatTokenLogprob:
-        return {"token": name, "logprob": _finite(one), "bytes": list(name.encode())}
+    def entry(token: int, name: str, one: Logprob) -> ChatTokenLogprob:
+        return {"token": name, "logprob": _finite(one), "bytes": texts.own_bytes(token)}
 
     found = ChatLogprobs(content=[])  # filled afterwards: pydantic would check it in one piece
     for token, position in zip(tokens, positions, strict=True):
         names = texts.names([token, *position], as_ids)
-        top = [entry(names[i], one) for i, one in position.items() if k == -1 or one.rank <= k]
-        found.content.append({**entry(names[token], position[token]), "top_logprobs": top})
+        top = [entry(i, names[i], one) for i, one in position.items() if k == -1 or one.rank <= k]
+        one = entry(token, names[token], position[token])
+        found.content.append({**one, "top_logprobs": top})
     return found
 
 

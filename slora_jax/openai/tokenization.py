@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slora_jax.core import RequestError
-from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields, Message
+from slora_jax.openai.chat import ChatCompletionRequest, ChatTemplateFields
 from slora_jax.openai.generation import Int64, ModelName, refuse
+from slora_jax.openai.messages import Message
 
 
 class TokenizeRequest(ChatTemplateFields):

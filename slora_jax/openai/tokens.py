@@ -16,6 +16,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._texts: dict[int, str] = {}
+        self._bytes: dict[int, list[int]] = {}
 
     def text(self, token: int) -> str | None:
         """The text of a token; None without a tokenizer."""
@@ -24,6 +25,14 @@ class TokenTexts:
         if token not in self._texts:
             self._texts[token] = self.tokenizer.token_text(token)
         return self._texts[token]
+
+    def own_bytes(self, token: int) -> list[int] | None:
+        """The token's own bytes, perhaps part of a character; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        if token not in self._bytes:
+            self._bytes[token] = [*self.tokenizer.token_bytes(token)]
+        return self._bytes[token]
 
     def names(self, tokens: Iterable[int], as_ids: bool = False) -> dict[int, str]:
         """A name for each token that no other of `tokens` has, to be a key of a JSON object.

@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slora_jax.tokenizer.chat_template import render
+from slora_jax.tokenizer.chat_template import ChatTemplate
 from slora_jax.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Tokenizer:
     ) -> None:
         self._vocabulary = vocabulary
         self._inner = inner
+        self._template = ChatTemplate(inner)
         self.special_ids = special_ids
         eos = inner.eos_token
         self.eos_id = None if eos is None else vocabulary.token_id(str(eos))
@@ -75,7 +76,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the tokenizer has no chat template, or the template refuses this.
         """
-        return render(self._inner, messages, **options)
+        return self._template.render(messages, **options)
 
     def apply_chat_template(
         self,

@@ -12,6 +12,7 @@ from benchmarks.shapes import LLAMA_2_7B
 ARGUMENTS = "--shape tiny --batch 2 --rank 8 --prompt 20 --output 6"
 
 
+@pytest.mark.long
 def test_rows(capsys):
     argv = [*ARGUMENTS.split(), "--adapters", "0,resident,2"]
     assert decode.main(argv) == 0

@@ -28,6 +28,7 @@ def test_every_adapter_is_right(capsys):
     assert pool["kv"] + sum(pool["adapters"].values()) + pool["free"] == pool["pages"]
 
 
+@pytest.mark.long
 def test_an_adapter_that_answers_for_another_fails(capsys, monkeypatch):
     swapped = adapter_dirs()
     swapped["upper"], swapped["rot13"] = swapped["rot13"], swapped["upper"]

@@ -121,7 +121,7 @@ def test_token_ids_and_logprobs(results):
         ("no json", None, 400),
         ("unknown", "model", 404),
         ("bad id", "prompt", 400),
-        ("half bad", "prompt", 400),
+        ("half bad", "prompt", "context_length_exceeded"),
         ("stream", "stream", 400),
     ],
 )

@@ -321,9 +321,26 @@ class TestRefusals:
         )
         with pytest.raises(RequestError) as error:
             small.add_request([1] * 60, SamplingParams(max_tokens=30), adapter="upper")
-        assert "needs 6 pages for 89 tokens of KV cache and 8 for its adapter" in str(error.value)
-        assert "the pool has 11: raise num_pages" in str(error.value)
+        assert "needs 4 pages for its prompt of 60 tokens and 8 for its adapter" in str(error.value)
+        assert "the pool has 11: raise num_pages or shorten the prompt" in str(error.value)
         assert not small.has_unfinished
+
+    @pytest.mark.parametrize("max_tokens", [None, 100, 41, 40])
+    def test_a_small_pool_ends_requests_as_the_models_length_does(self, caplog, max_tokens):
+        small = Engine(
+            BASE_MODEL,
+            adapters={"upper": adapter_dirs()["upper"]},
+            num_pages=12,
+            max_num_seqs=1,
+            max_num_batched_tokens=16,
+        )
+        assert "the pool's 11 pages hold 176 tokens" in caplog.text
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
+        # Three pages beside the adapter's; the last token is never read.
+        [output] = small.generate([[104] * 8], params, adapters="upper")
+        assert len(output.token_ids) == min(max_tokens or 41, 41)
+        assert output.finish_reason is FinishReason.LENGTH
+        small.check()
 
     @pytest.mark.parametrize(
         ("prompt", "match"),

@@ -71,13 +71,12 @@ def table(output: RequestOutput, vocab: int) -> np.ndarray:
     return np.array([[position[v].logprob for v in range(vocab)] for position in positions])
 
 
-# Preempted requests are prefilled in several chunks as well: the other ways are long but for one.
+# Preempted requests are prefilled in several chunks as well: the other ways are long.
 @pytest.mark.parametrize(
     ("name", "budget", "preempt_every"),
     [(name, CHUNK, 3) for name in CASES]
-    + [("gqa", 100, None)]
     + [pytest.param(name, CHUNK, None, marks=pytest.mark.long) for name in CASES]
-    + [pytest.param(n, 100, None, marks=pytest.mark.long) for n in CASES if n != "gqa"],
+    + [pytest.param(name, 100, None, marks=pytest.mark.long) for name in CASES],
 )
 def test_golden(name, budget, preempt_every):
     case = GOLDEN / name

@@ -4,6 +4,7 @@
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,9 +16,15 @@ from slora_jax.config import LAYER_MODULES
 from slora_jax.demo import BASE_MODEL
 from slora_jax.hf_config import read_model_config
 from tests.adapters.make import write_adapter
+from tests.sharding.models import write_model
 
 LORA_MODES = ("none", "layers", "all")
-CONFIG = read_model_config(BASE_MODEL)
+CONFIG = replace(read_model_config(BASE_MODEL), num_hidden_layers=1)  # compiles sooner
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("warm-up") / "model", CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +38,18 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def engine(adapters: dict[str, Path]) -> Engine:
-    engine = make_engine(adapters, num_pages=300, max_model_len=64)
+def engine(model: Path, adapters: dict[str, Path]) -> Engine:
+    engine = make_engine(model, adapters, num_pages=300, max_model_len=64)
     engine.warm_up()
     return engine
 
 
 def make_engine(
-    adapters: dict[str, Path], *, num_pages: int, max_model_len: int, devices: int = 1
+    model: Path, adapters: dict[str, Path], *, num_pages: int, max_model_len: int, devices: int = 1
 ) -> Engine:
     """With few programs to compile."""
     return Engine(
-        BASE_MODEL,
+        model,
         adapters=adapters,
         num_pages=num_pages,
         max_model_len=max_model_len,
@@ -122,9 +129,9 @@ def test_programs_are_as_few_as_buckets(engine, adapters, caplog):
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_little_room(adapters, pinned):
+def test_little_room(model, adapters, pinned):
     """What does not fit is not tried."""
-    engine = make_engine({"all": adapters["all"]}, num_pages=15, max_model_len=256)
+    engine = make_engine(model, {"all": adapters["all"]}, num_pages=15, max_model_len=256)
     if pinned:
         engine.pin_adapter("all")
     room = engine.adapters.room_for(None)
@@ -142,8 +149,10 @@ def test_an_adapter_of_known_modules_compiles_nothing(engine, caplog, tmp_path):
     assert compiled(caplog) == []
 
 
-def test_on_two_devices(adapters, caplog):
-    engine = make_engine({"all": adapters["all"]}, num_pages=100, max_model_len=64, devices=2)
+def test_on_two_devices(model, adapters, caplog):
+    engine = make_engine(
+        model, {"all": adapters["all"]}, num_pages=100, max_model_len=64, devices=2
+    )
     engine.warm_up()
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

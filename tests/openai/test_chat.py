@@ -102,8 +102,18 @@ def test_candidates_of_one_text_have_names_of_their_own(texts):
     found = output([1], [195], "", logprobs=[position(195, 200)])
     [choice] = respond(parse(logprobs=True, top_logprobs=2), texts, found)["choices"]
     [one] = choice["logprobs"]["content"]
-    half = entry("\N{REPLACEMENT CHARACTER}", 0.0)
-    assert one == {**half, "top_logprobs": [half, entry("token_id:200", -0.5)]}
+    half = {**entry("\N{REPLACEMENT CHARACTER}", 0.0), "bytes": [195]}
+    other = {**entry("token_id:200", -0.5), "bytes": [200]}
+    assert one == {**half, "top_logprobs": [half, other]}
+
+
+def test_bytes_of_tokens_put_together_are_the_text(texts):
+    """A token may be a part of a character; its bytes are its own."""
+    tokens = [*"é😊".encode()]
+    found = output([1], tokens, "é😊", logprobs=[position(token) for token in tokens])
+    [choice] = respond(parse(logprobs=True), texts, found)["choices"]
+    found = b"".join(bytes(one["bytes"]) for one in choice["logprobs"]["content"])
+    assert found.decode() == "é😊"
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
@@ -112,7 +122,8 @@ def test_tokens_by_id(texts, tokenizer):
     found = output([1], [98], "", logprobs=[position(98)])
     [choice] = respond(request, texts if tokenizer else TokenTexts(None), found)["choices"]
     [one] = choice["logprobs"]["content"]
-    assert one == {**entry("token_id:98", 0.0), "top_logprobs": [entry("token_id:98", 0.0)]}
+    b = {**entry("token_id:98", 0.0), "bytes": [98] if tokenizer else None}
+    assert one == {**b, "top_logprobs": [b]}
 
 
 def test_prompt_logprobs_are_the_responses(texts):

@@ -94,6 +94,16 @@ def test_forms_of_the_prompt(prompt, prompts):
     assert parse(prompt=prompt).prompts == prompts
 
 
+@pytest.mark.parametrize(("asked", "counts"), [(True, 1), (False, None), (2, 2), (None, None)])
+def test_logprobs_true_is_one(asked, counts):
+    """As vLLM has it."""
+    assert parse(logprobs=asked).sampling_params().logprobs == counts
+
+
+def test_a_seed_of_minus_one_is_none():
+    assert parse(seed=-1, n=2).sampling_params().of_choice(1).seed is None
+
+
 def test_each_choice_has_its_own_seed():
     request = parse(n=3, seed=5)
     assert [request.sampling_params().of_choice(choice).seed for choice in range(3)] == [5, 6, 7]
@@ -130,7 +140,6 @@ def test_unknown_fields_are_ignored():
     [
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 16.5}, "max_tokens"),
-        ({"logprobs": True}, "logprobs"),  # as in chat completions
         ({"echo": "yes"}, "echo"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),

@@ -37,9 +37,8 @@ def where(pages, adapters, layer, dtype=jnp.float32):
     return jnp.asarray(pages.pool, dtype), line, adapters
 
 
-@pytest.mark.parametrize("layer", [2, None], ids=["layer", "outer"])
 @pytest.mark.parametrize(("ranks", "lengths", "outputs"), CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("inputs", [40, 600])
+@pytest.mark.parametrize(("inputs", "layer"), [(40, None), (600, 2)], ids=["outer", "layer"])
 def test_shrink_then_expand(pages, ranks, lengths, outputs, inputs, layer):
     tokens = sum(lengths) + BASE
     lora = RandomAdapters(pages, ranks, lengths, inputs, outputs, layer, tokens)

@@ -15,7 +15,7 @@ LAYOUT = PageLayout(kv_heads=8, head_dim=64, page_size=16)  # four tiles a page
 make = jax.jit(with_work, static_argnames=("layout", "tokens", "block", "few"))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     ends=st.lists(st.floats(0, 1), min_size=SEGMENTS, max_size=SEGMENTS).map(sorted),
     tokens=st.sampled_from([3, 130]),

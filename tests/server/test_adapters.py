@@ -130,6 +130,7 @@ def test_directories_that_no_adapter_may_be_called(server, adapters_on_disk):
     assert "a,b" not in {one["id"] for one in server.get("/v1/models").json()["data"]}
 
 
+@pytest.mark.long  # a server of its own
 def test_loading_must_be_enabled(tmp_path):
     options = ["--model", "tests/golden/mha/model", "--lora-dir", "tests/golden/mha/adapters"]
     with RunningServer(tmp_path / "log", *options).wait_until_ready() as running:

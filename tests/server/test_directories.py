@@ -44,7 +44,7 @@ def test_looks_at_one_place_are_shared(disk: Disk):
     """Those that wait for a look that has begun need a later one: it may have looked too early."""
 
     async def story() -> None:
-        places = Directories(None)
+        places = Directories(None, ())
         first = asyncio.create_task(places.signature(Path("hangs")))
         await asyncio.sleep(0.1)
         later = [asyncio.create_task(places.signature(Path("hangs"))) for _ in range(20)]
@@ -57,15 +57,15 @@ def test_looks_at_one_place_are_shared(disk: Disk):
     asyncio.run(story())
 
 
-def test_one_path_in_two_roots_is_two_places(tmp_path: Path):
-    """A name in --lora-dir, and at that moment the same in --lora-roots."""
+def test_a_name_of_the_directory_is_no_path_in_another_root(tmp_path: Path):
+    """A name in --lora-dir, and at that moment the same in --lora-roots, which comes first."""
 
     async def story() -> None:
         roots = [tmp_path / "one", tmp_path / "other"]
         for root in roots:
             (root / "name").mkdir(parents=True)
-        places = Directories(None)
-        found = await asyncio.gather(*(places.confined("name", [root]) for root in roots))
+        places = Directories(roots[1], roots)
+        found = await asyncio.gather(places.confined("name"), places.named("name"))
         assert found == [root / "name" for root in roots]
 
     asyncio.run(story())
@@ -73,7 +73,7 @@ def test_one_path_in_two_roots_is_two_places(tmp_path: Path):
 
 def test_a_disk_that_hangs_holds_only_who_looks_at_it(disk: Disk):
     async def story() -> None:
-        places = Directories(None)
+        places = Directories(None, ())
         for _ in range(3):
             began = time.monotonic()
             for found in await asyncio.gather(
@@ -147,7 +147,7 @@ def test_dots_are_no_names(tmp_path: Path):
         (place / "adapter_config.json").touch()
 
     async def story() -> None:
-        places = Directories(root)
+        places = Directories(root, (root,))
         assert not [name for name in (".", "..", "../root") if await places.has(name)]
 
     asyncio.run(story())

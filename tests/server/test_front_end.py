@@ -19,6 +19,7 @@ from server.config import ServerConfig
 from server.engine_client import State
 from server.errors import Unavailable
 from server.frontend import FrontEnd
+from slora_jax.adapters.peft import Signature
 from slora_jax.demo import BASE_MODEL
 from tests.server.fake_engine import ANSWER, ERROR, EXIT, FAIL, HALF, REJECT, SILENCE
 
@@ -74,7 +75,7 @@ def run(story: Callable[[World], Coroutine[Any, Any, None]], **config) -> None:
 def error(response: httpx.Response) -> dict[str, Any]:
     found = response.json()["error"]
     assert found.keys() == {"message", "type", "param", "code"}
-    assert found["code"] == response.status_code
+    assert found["code"] in (response.status_code, "context_length_exceeded")
     return found
 
 
@@ -415,10 +416,11 @@ def test_prompts_that_are_too_long_do_not_reach_the_engine():
         for prompt in ([0] * 64, [[0], [0] * 100], "x" * 100_000, ["a", "x" * 100]):
             response = await one.ask(prompt=prompt)
             assert response.status_code == 400
-            assert "max_model_len 64" in error(response)["message"]
+            assert "maximum context length, max_model_len 64" in error(response)["message"]
+            assert error(response)["code"] == "context_length_exceeded"
         chat = {"model": "base", "messages": [{"role": "user", "content": "x" * 100}]}
         response = await one.client.post("/v1/chat/completions", json=chat)
-        assert "max_model_len 64" in error(response)["message"]
+        assert "maximum context length, max_model_len 64" in error(response)["message"]
         del one.front.client._send
 
     run(story)
@@ -505,11 +507,12 @@ def test_models_are_listed_while_adapters_come_and_go(tmp_path):
     async def story(one: World) -> None:
         catalog = one.front.catalog
 
-        async def more() -> list[str]:
+        async def more() -> dict[str, Signature]:
             catalog.loaded["new"] = Loaded(Path(), False, 0)
-            return ["gone", "base"]  # before it could be looked at again; of the base model's name
+            # Before it could be looked at again; of the base model's name.
+            return {"gone": ((1,), (1,)), "base": ((1,), (1,))}
 
-        catalog._directories.names = more  # type: ignore[method-assign]
+        catalog._directories.signatures = more  # type: ignore[method-assign]
         cards = (await one.client.get("/v1/models")).json()["data"]
         assert [card["id"] for card in cards] == ["base", "gone", "new"]
         assert (await one.client.get("/v1/models/gone")).status_code == 404

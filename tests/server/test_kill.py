@@ -105,6 +105,7 @@ def test_sigterm_drains(start):
     assert "Fatal" not in server.log.read_text()
 
 
+@pytest.mark.long
 def test_sigterm_cuts_off_what_takes_too_long(start):
     server = start("--shutdown-timeout-s", "0")
     load = Load(server, 32, n=8)
@@ -116,6 +117,7 @@ def test_sigterm_cuts_off_what_takes_too_long(start):
     assert codes == {200, 503} or codes == {503}
 
 
+@pytest.mark.long
 def test_a_second_signal_stops_at_once(start):
     server = start()
     Load(server, 32, n=16)
@@ -162,7 +164,7 @@ def test_a_killed_engine_is_started_again(start):
     assert pinned["pinned"]
 
 
-@pytest.mark.parametrize("loading", [False, True])
+@pytest.mark.parametrize("loading", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_front_end_is_killed(start, loading):
     """The engine ends too, even in the middle of loading: the device is free."""
     server = start(ready=not loading)

@@ -79,6 +79,7 @@ def write_adapters(root: Path, config: ModelConfig) -> dict[str, Path]:
     """Adapters by name: of every module, of few, of ranks that divide by nothing."""
     untied = not config.tie_word_embeddings
     outer = OUTER_MODULES if untied else ("embed_tokens",)
+    last = config.num_hidden_layers - 1
     kinds = {
         "attention": {"rank": 16},
         "all": {"rank": 8, "modules": (*LAYER_MODULES, *outer)},
@@ -88,7 +89,7 @@ def write_adapters(root: Path, config: ModelConfig) -> dict[str, Path]:
             "rank_of": lambda path: 1 + sum(map(ord, path)) % 24,
         },
         "rank 1": {"rank": 1, "modules": ("k_proj", "down_proj", "gate_proj")},
-        "one layer": {"rank": 24, "modules": ("q_proj", "o_proj"), "layers": (1,)},
+        "one layer": {"rank": 24, "modules": ("q_proj", "o_proj"), "layers": (last,)},
         "outer": {"rank": 5, "modules": outer},
         "rslora": {"rank": 12, "modules": ("v_proj", "up_proj"), "use_rslora": True},
     }

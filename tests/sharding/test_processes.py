@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ TIMEOUT_S = 240
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("processes")
-    write_model(root / "model", GQA)
-    write_adapters(root / "adapters", GQA)
+    one_layer = replace(GQA, num_hidden_layers=1)  # compiles sooner
+    write_model(root / "model", one_layer)
+    write_adapters(root / "adapters", one_layer)
     return root
 
 
