@@ -6,9 +6,12 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_python_example():
     [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     [shown] = re.findall(r"print\(.*\)\s+# (\[.*\])", code)

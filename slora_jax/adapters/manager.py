@@ -143,9 +143,19 @@ class AdapterManager[S: Staged]:
 
     def load_all(self, paths: Mapping[str, str | Path], *, progress: bool = False) -> None:
         """See `Engine.load_adapters`."""
-        for name, error in self._load_each(paths, progress=progress).items():
-            kind = AdapterUnavailable if isinstance(error, AdapterUnavailable) else AdapterError
-            raise kind(f"the adapter {name!r} is refused: {error}") from error
+        refused = self.load_each(paths, progress=progress)
+        if not refused:
+            return
+        away = all(isinstance(error, AdapterUnavailable) for error in refused.values())
+        kind = AdapterUnavailable if away else AdapterError
+        lines = (f"the adapter {name!r} is refused: {error}" for name, error in refused.items())
+        raise kind("; ".join(lines))
+
+    def load_each(
+        self, paths: Mapping[str, str | Path], *, progress: bool = False
+    ) -> dict[str, Exception]:
+        """See `Engine.load_each_adapter`."""
+        return self._load_each(paths, progress=progress)
 
     def rescan(self, root: str | Path, *, progress: bool = False) -> Rescan:
         """See `Engine.rescan_adapters`."""

@@ -21,7 +21,12 @@ from slora_jax.config import LAYER_MODULES, OUTER_MODULES, ModelConfig
 MOST_HEADER = 8 << 20  # bytes; of an adapter of Llama-3.1-405B less than 300 kB
 _LONGEST_KEY = 512  # characters; patterns below take quadratic time
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
 
 _BLOCKS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
@@ -39,6 +44,21 @@ _BASE_COPY_KEY = re.compile(
 
 # What other tensors are, and what to do; the first that is found in the key.
 _STRAYS = (
+    (
+        r"(^|\.)_orig_mod\.",
+        "is of a model that torch.compile had wrapped. Save the one inside, model._orig_mod, or "
+        "take _orig_mod. out of the tensors' names",
+    ),
+    (
+        r"^(base_model\.model\.)?module\.",
+        "is of a model that DistributedDataParallel had wrapped. Save the one inside, "
+        "model.module, or take module. out of the tensors' names",
+    ),
+    (
+        r"^(?!base_model\.model\.).*\.lora_(embedding_)?[AB]\b",
+        "lacks base_model.model., with which PEFT's names begin. Save with PEFT's "
+        "save_pretrained, or put it in front of the tensors' names",
+    ),
     (r"\.lora_magnitude_vector\b", "is of a DoRA adapter. Train with use_dora=False"),
     (r"\.lora_diag\b", "is of a KaSA adapter. Train without kasa_config"),
     (r"\.lora_[AB]\b.*\.bias$", "is a bias of a LoRA layer. Train with lora_bias=False"),
@@ -172,6 +192,9 @@ def _array(key: str, entry: Mapping[str, Any], file: Path) -> np.ndarray:
         array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
     except ValueError as error:  # more dimensions than NumPy has
         raise AdapterError(f"{file}: {key} is no matrix ({error}). Save it again") from error
+    if dtype is np.float64:  # as it was trained by mistake: no device computes in it
+        with np.errstate(over="ignore"):  # infinity is refused later
+            array = array.astype(np.float32)
     array.flags.writeable = False
     return array
 

@@ -10,10 +10,11 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from rich.console import Console
@@ -80,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
         return follow(args, cluster, progress=draw)
     _check_files(args.input, args.output)
     with _open(args.input, "rb") as source:
-        engine = start_engine(args, progress=draw)
-        batch = Batch(engine, base_names(args))
+        engine, refused = start_engine(args, progress=draw)
+        for name, error in refused.items():
+            print(f"the adapter {name!r} is refused: {error}", file=sys.stderr)
+        batch = Batch(engine, base_names(args), refused)
         total = _count_requests(args.input)
         tally = _Tally()
         # Opened only now: what cannot start must not empty the results of an earlier run.
@@ -136,10 +139,17 @@ class Batch:
     Args:
         engine: with all adapters loaded.
         base_names: what requests call the base model.
+        refused: why adapters could not be loaded, by name; lines that name one fail with that.
     """
 
-    def __init__(self, engine: "Engine", base_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        engine: "Engine",
+        base_names: Sequence[str],
+        refused: Mapping[str, Exception] = MappingProxyType({}),
+    ) -> None:
         self._engine = engine
+        self._refused = refused
         self._base_names = base_names
         self._texts = TokenTexts(engine.tokenizer)
         self._most_running = _BATCHES_AHEAD * engine.options.max_num_seqs
@@ -177,8 +187,12 @@ class Batch:
     def _add_requests(self, line: _Line, request: CompletionRequest) -> None:
         if request.stream:
             raise RequestError("stream is not supported: a file has no streams", "stream")
-        prompts, store = request.prompts, self._engine.adapters.store
-        adapters = find_adapters(request, self._base_names, store)
+        prompts, known = request.prompts, {*self._engine.adapters.store, *self._refused}
+        adapters = find_adapters(request, self._base_names, known)
+        for name in filter(None, adapters):
+            if name in self._refused:
+                why = f"the adapter {name!r} is refused: {self._refused[name]}"
+                raise RequestError(why, "model")
         for prompt, adapter in zip(prompts, adapters, strict=True):
             if isinstance(prompt, str) and self._engine.tokenizer is not None:
                 prompt = self._engine.tokenizer.encode(prompt, request.add_special_tokens)

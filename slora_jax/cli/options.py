@@ -275,31 +275,37 @@ def check_adapter_names(
     return adapters
 
 
-def start_engine(args: argparse.Namespace, *, progress: bool) -> "Engine":
+def start_engine(
+    args: argparse.Namespace, *, progress: bool
+) -> "tuple[Engine, dict[str, Exception]]":
     """Loads the model and all adapters.
 
     Args:
         args: of `add_model_arguments`, `add_engine_arguments` and `add_cluster_arguments`.
         progress: whether to draw a progress bar on stderr.
 
+    Returns:
+        The engine, and why adapters of `--lora-dir` are refused, by name.
+
     Raises:
-        CommandError: the model, an adapter or an option is refused, or another process is missing.
+        CommandError: the model, an adapter of `--lora-modules` or an option is refused, or another
+            process is missing.
     """
     adapters = adapter_dirs(args)  # cheap mistakes first
     cluster = cluster_of(args)
     try:
         peers = ALONE if cluster is None else cluster.join()
-        from slora_jax.adapters.errors import AdapterError
         from slora_jax.engine.engine import Engine  # JAX takes a second to import
 
         engine = Engine(args.model, peers=peers, progress=progress, **engine_options(args))
     except (ValueError, OSError, ClusterError) as error:
         raise CommandError(str(error)) from error
-    try:
-        engine.load_adapters(adapters, progress=progress)
-    except AdapterError as error:
-        raise CommandError(str(error)) from error
-    return engine
+    refused = engine.load_each_adapter(adapters, progress=progress)
+    if any(name in refused for name, _ in args.lora_modules):
+        raise CommandError(
+            "; ".join(f"the adapter {name!r} is refused: {why}" for name, why in refused.items())
+        )
+    return engine, refused
 
 
 def _named_dir(text: str) -> tuple[str, Path]:

@@ -182,9 +182,15 @@ class Engine:
             progress: draw a bar on stderr.
 
         Raises:
-            AdapterError: one of them is refused; others are loaded then.
+            AdapterError: some are refused, each with its reason; the others are loaded then.
         """
         self.adapters.load_all(paths, progress=progress)
+
+    def load_each_adapter(
+        self, paths: Mapping[str, str | Path], *, progress: bool = False
+    ) -> dict[str, Exception]:
+        """The same, but returns why adapters are refused, by name."""
+        return self.adapters.load_each(paths, progress=progress)
 
     def rescan_adapters(self, root: str | Path, *, progress: bool = False) -> Rescan:
         """Brings the adapters up to date with a directory that holds adapters' directories.

@@ -31,6 +31,16 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 Q0_A, Q0_B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 
 
+def test_float64_is_read_as_float32(tmp_path: Path):
+    """A trainer that forgot to cast: no device computes in it, and PEFT's base doesn't either."""
+    write_adapter(tmp_path, BASE)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    edit_tensors(tmp_path, **{key: tensor.astype(np.float64) for key, tensor in stored.items()})
+    pair = read_adapter(tmp_path, BASE).layers[0]["q_proj"]
+    assert pair.a.dtype == pair.b.dtype == np.float32
+    np.testing.assert_array_equal(pair.a, stored[Q0_A])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_are_read_as_stored(tmp_path: Path, dtype: str):
     modules = LAYER_MODULES + OUTER_MODULES

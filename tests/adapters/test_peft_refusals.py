@@ -190,7 +190,11 @@ REFUSED_TENSORS = [
     (f"{LAYER}.3.self_attn.q_proj.lora_A.weight", zeros(8, 32), ["layer 3", "3 layers"]),
     (f"{LAYER}.00.self_attn.q_proj.lora_A.weight", zeros(8, 32), ["target_modules"]),
     ("base_model.model.score.weight", zeros(2, 32), ["modules_to_save"]),
-    ("model.layers.0.self_attn.q_proj.lora_A.weight", zeros(8, 32), ["as PEFT names them"]),
+    ("model.layers.0.self_attn.q_proj.lora_A.weight", zeros(8, 32), ["lacks base_model.model."]),
+    ("base_model.model._orig_mod.lm_head.lora_A.weight", zeros(8, 32), ["torch.compile"]),
+    ("_orig_mod.base_model.model.lm_head.lora_A.weight", zeros(8, 32), ["torch.compile"]),
+    ("base_model.model.module.lm_head.lora_A.weight", zeros(8, 32), ["DistributedDataParallel"]),
+    ("module.base_model.model.lm_head.lora_A.weight", zeros(8, 32), ["DistributedDataParallel"]),
     (f"{LAYER}.0.mlp.up_proj.lora_A.weight", zeros(8, 32), ["no B beside it"]),
     (f"{LAYER}.0.mlp.up_proj.lora_B.weight", zeros(48, 8), ["no A beside it"]),
     (f"{Q0}.lora_A.other.weight", zeros(8, 32), ["several adapters", "selected_adapters"]),
@@ -204,7 +208,7 @@ REFUSED_TENSORS = [
     (Q0_B, np.full((64, 8), -np.inf, np.float16), ["NaN or infinity", "checkpoint"]),
     (Q0_B, np.full((64, 8), np.nan, ml_dtypes.bfloat16), ["NaN or infinity", "checkpoint"]),
     (Q0_A, zeros(8, 32, dtype=np.int8), ["dtype I8", "float32, float16 or bfloat16"]),
-    (Q0_A, zeros(8, 32, dtype=np.float64), ["dtype F64", "float32, float16 or bfloat16"]),
+    (Q0_A, np.full((8, 32), 1e300), ["NaN or infinity"]),  # not of float32
 ]
 
 

@@ -50,6 +50,7 @@ def engine(tmp_path_factory) -> Engine:
     return engine
 
 
+@pytest.mark.long
 def test_an_engine_with_fixed_shares_gives_the_same_tokens(engine):
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, TINY.vocab_size, (12, 20)).tolist()

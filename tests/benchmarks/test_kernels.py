@@ -82,6 +82,7 @@ def test_the_target_table_is_complete():
     }
 
 
+@pytest.mark.long
 def test_results_are_lines_of_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "abc")
     file = tmp_path / "new" / "kernels.jsonl"

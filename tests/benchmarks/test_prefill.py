@@ -21,6 +21,7 @@ def test_work_by_hand():
     assert adapted.bytes - base.bytes == 2 * 2 * lora
 
 
+@pytest.mark.long
 def test_rows(capfd, tmp_path):
     file = tmp_path / "results.jsonl"
     arguments = "--shape tiny --prompt 32 --adapters 0,2 --rank 8 --requests 4"

@@ -271,6 +271,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", ["orbax", "safetensors"])
 def test_what_a_killed_conversion_leaves_does_not_load(tmp_path, capsys, to):
     model = model_of(tmp_path)

@@ -52,6 +52,7 @@ LINES: dict[str, bytes] = {
     "rot13": body("rot13", "hello", logprobs=1, echo=True),
     "blank": b"  ",
     "unknown": body("lower", "hello"),
+    "refused": body("broken", "hello"),
     "ids": body("upper", ids("hello"), prompt_logprobs=1),
     "bad id": body("upper", [260]),
     "choices": body("upper", ["ab", "cd"], n=2, temperature=0.5, seed=1),
@@ -65,7 +66,13 @@ LINES: dict[str, bytes] = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
     options = ["--model", str(BASE_MODEL), "--served-model-name", "base", *SMALL]
-    options += ["--lora-dir", str(BASE_MODEL.parent / "adapters")]
+    root = tmp_path_factory.mktemp("adapters")
+    for name, directory in adapter_dirs().items():
+        (root / name).symlink_to(directory)
+    for name in ("broken", "broken too"):
+        shutil.copytree(adapter_dirs()["upper"], root / name)
+        (root / name / "adapter_model.safetensors").write_bytes(b"")
+    options += ["--lora-dir", str(root)]
     found = slora_generate(tmp_path_factory.mktemp("batch"), list(LINES.values()), *options)
     names = [name for name in LINES if name != "blank"]
     return dict(zip(names, found, strict=True))
@@ -120,6 +127,7 @@ def test_token_ids_and_logprobs(results):
     [
         ("no json", None, 400),
         ("unknown", "model", 404),
+        ("refused", "model", 400),
         ("bad id", "prompt", 400),
         ("half bad", "prompt", "context_length_exceeded"),
         ("stream", "stream", 400),
@@ -130,6 +138,7 @@ def test_a_bad_line_is_an_error_in_its_place(results, name, param, code):
     assert (error["param"], error["code"]) == (param, code)
 
 
+@pytest.mark.long
 def test_without_a_tokenizer(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(BASE_MODEL, model, ignore=shutil.ignore_patterns("tokenizer*"))
@@ -222,7 +231,7 @@ def test_a_line_is_served_whole_or_not_at_all():
 
 
 def run_with(monkeypatch, engine: FakeEngine, tmp_path: Path, lines: list[bytes], *options) -> int:
-    monkeypatch.setattr(generate, "start_engine", lambda args, progress: engine)
+    monkeypatch.setattr(generate, "start_engine", lambda args, progress: (engine, {}))
     source = tmp_path / "in.jsonl"
     source.write_bytes(b"\n".join(lines))
     return main(["generate", "--model", "m", "--input", str(source), *options])

@@ -52,12 +52,15 @@ def test_what_cannot_start(capsys, tmp_path, monkeypatch, options, wanted):
     assert wanted in refused(capsys, tmp_path, *options)
 
 
-def test_a_broken_adapter_of_a_directory_is_named(capsys, tmp_path):
-    shutil.copytree(UPPER, tmp_path / "adapters" / "good")
-    broken = shutil.copytree(UPPER, tmp_path / "adapters" / "broken")
-    (broken / "adapter_model.safetensors").write_bytes(b"")
-    message = refused(capsys, tmp_path, "--lora-dir", str(tmp_path / "adapters"), *SMALL)
-    assert "the adapter 'broken' is refused" in message
+def test_all_that_is_refused_is_said_at_once(capsys, tmp_path):
+    broken = [shutil.copytree(UPPER, tmp_path / "adapters" / name) for name in ("one", "two")]
+    for directory in broken:
+        (directory / "adapter_model.safetensors").write_bytes(b"")
+    modules = [f"{directory.name}={directory}" for directory in broken]
+    message = refused(capsys, tmp_path, "--lora-modules", f"good={UPPER}", *modules, *SMALL)
+    for name in ("one", "two"):
+        assert f"the adapter '{name}' is refused" in message
+    assert "good" not in message
 
 
 @pytest.mark.parametrize("argv", [[], ["nope"], ["generate"], ["generate", "--lora-modules", "a"]])

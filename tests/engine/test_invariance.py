@@ -42,9 +42,9 @@ def alone() -> dict[tuple[str, str | None], list[int]]:
     "budget", [16, *(pytest.param(budget, marks=pytest.mark.long) for budget in (32, 64))]
 )
 def test_mixed_batches(alone, budget):
-    """Twenty batches in all; requests arrive while others run, and are preempted at random."""
+    """Many batches; requests arrive while others run, and are preempted at random."""
     engine, rng = make_engine(budget), random.Random(budget)
-    for _ in range(8 if budget == 16 else 6):
+    for _ in range(5 if budget == 16 else 8):
         coming = rng.choices(CASES, k=rng.randint(6, 24))
         cases, got = {}, {}
         while coming or engine.has_unfinished:

@@ -239,7 +239,7 @@ class TestAtRunTime:
         engine.abort(held)
         engine.pin_adapter("a")
         with pytest.raises(RequestError, match="beside 4 of pinned adapters"):
-            engine.add_request([1] * 31, PARAMS, adapter="b")
+            engine.add_request([1] * 33, PARAMS, adapter="b")
         with pytest.raises(AdapterError, match="must be left for the others"):
             engine.pin_adapter("b")
         assert engine.generate(["a"], PARAMS, adapters="a")[0].finished

@@ -23,7 +23,7 @@ def test_step_on_cpu(tokens, lora_mode):
     assert memory.temp_size_in_bytes < pool // 8
 
 
-@pytest.mark.parametrize("partition", ["no-comm", "slora"])
+@pytest.mark.parametrize("partition", ["no-comm", pytest.param("slora", marks=pytest.mark.long)])
 def test_step_on_two_devices(partition):
     """Each device updates its own part of the pool where it lies."""
     args, shape = step_shapes(

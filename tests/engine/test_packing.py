@@ -3,6 +3,7 @@
 
 from itertools import groupby
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_jax.core import FROM_DEVICE, Request, RowPlan, SamplingParams, StepPlan
-from slora_jax.engine import packing
+from slora_jax.engine import packing, sampler
 from slora_jax.engine.packing import Buckets, pack_step
+from slora_jax.engine.sampler import TokenCounts
 from slora_jax.model.inputs import Bucket, StepInputs, resolve_tokens
 
 
@@ -161,6 +163,24 @@ def test_penalties_are_the_requests_own_and_padding_has_none():
     assert found.repetition.tolist() == [1.5, 1]
     assert found.presence.tolist() == [0.25, 0]
     assert found.frequency.tolist() == [0.75, 0]
+
+
+@pytest.mark.parametrize("tiny", [1e-300, 5e-324, 1e-45, 1e-38])
+def test_tiny_values_are_not_taken_for_zero(tiny):
+    """float32 has none of them: the sampler would keep no token, or divide by nothing."""
+    params = SamplingParams(top_p=tiny, repetition_penalty=tiny)
+    rows = [row(0, 1, 0, params=params, seed=1)]
+    top_p, repetition = packing.sampling(rows, 1, 50).top_p, packing.penalties(rows, 1).repetition
+    logits, floats = jnp.array([[1.0, 9.0, -3.0]]), np.float32
+    assert top_p.dtype == repetition.dtype == floats
+    assert 0 < top_p[0] < 1e-20
+    one = packing.sampling(rows, 1, 50)
+    assert int(sampler.sample(logits, jax.tree.map(jnp.asarray, one))[0]) == 1
+    counts = TokenCounts(jnp.array([[0, 1, 1]]), jnp.zeros((1, 3), bool))
+    penalties = jax.tree.map(jnp.asarray, packing.penalties(rows, 1))
+    found = sampler.penalize(logits, counts, jnp.array([0]), penalties)
+    assert np.isfinite(found).all()
+    assert int(sampler.greedy(found)[0]) == 1
 
 
 @pytest.mark.parametrize(

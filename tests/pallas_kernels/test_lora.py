@@ -87,7 +87,11 @@ def halves(x, y, *where, max_rank, **static):
 # Of blocks the whole is its halves; of single tokens there is a kernel that does both.
 WAYS = pytest.mark.parametrize(
     ("delta", "block"),
-    [(lora_delta, 1), (halves, 1), (lora_delta, 64)],
+    [
+        (lora_delta, 1),
+        pytest.param(halves, 1, marks=SLOW),
+        pytest.param(lora_delta, 64, marks=SLOW),
+    ],
     ids=["single tokens", "single tokens, halves", "blocks of 64"],
 )
 
@@ -131,7 +135,7 @@ def test_delta_of_runs_longer_than_a_block(backend, dtype):
 
 
 @pytest.mark.parametrize(
-    "delta", [lora_delta, pytest.param(halves, marks=SLOW)], ids=["whole", "halves"]
+    "delta", [pytest.param(delta, marks=SLOW) for delta in (lora_delta, halves)]
 )
 def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     """Both kernels on one step: neither touches the other's tokens."""
@@ -140,6 +144,7 @@ def test_delta_of_long_and_of_short_runs(delta, backend, dtype):
     check_delta(pages, delta, backend, dtype, 64, ranks, lengths, 128, (128, 64), 1, few=2)
 
 
+@SLOW
 def test_delta_of_a_step_too_short_for_a_block(backend, dtype):
     """One of its lists of work has no lines, whatever the step's tokens are."""
     pages = Pages(LAYOUTS["wide"])

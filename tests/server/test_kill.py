@@ -146,6 +146,7 @@ def test_the_engine_is_killed(start):
     assert server.stop() == 0
 
 
+@pytest.mark.long
 def test_a_killed_engine_is_started_again(start):
     """With what had been loaded and pinned, however little room that leaves."""
     roots = ["--allow-runtime-lora-updating", "--lora-roots", "tests/golden/mha/adapters"]
@@ -204,7 +205,7 @@ def test_a_port_that_is_taken(start):
         (["--max-model-len", "100000"], "max_position_embeddings"),
         (["--max-num-seqs", "64"], "max_num_batched_tokens"),
         (["--lora-modules", "base=tests/golden/mha/adapters/attention"], "name of the base model"),
-        (["--lora-modules", "gone=nowhere"], "nowhere"),
+        pytest.param(["--lora-modules", "gone=nowhere"], "nowhere", marks=pytest.mark.long),
         (["--lora-dir", "nowhere"], "nowhere"),
     ],
 )

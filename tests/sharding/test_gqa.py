@@ -14,10 +14,10 @@ def case(tmp_path_factory) -> Case:
 
 @pytest.mark.parametrize(
     ("devices", "partition"),
-    [(2, "no-comm"), (8, "slora")]
+    [(8, "slora")]
     + [
         pytest.param(*case, marks=pytest.mark.long)
-        for case in [(2, "slora"), (4, "no-comm"), (4, "slora"), (8, "no-comm")]
+        for case in [(2, "no-comm"), (2, "slora"), (4, "no-comm"), (4, "slora"), (8, "no-comm")]
     ],
 )
 def test_as_on_one_device(case, devices, partition):

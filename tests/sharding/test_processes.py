@@ -86,6 +86,7 @@ def said_by(text: str) -> dict:
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
 
 
+@pytest.mark.long
 def test_same_tokens(directory):
     """With S-LoRA's partition, which has all collectives that there are."""
     (code, leader), (followers_code, follower) = run(directory, "slora")
@@ -129,6 +130,7 @@ def test_a_lost_process_is_noticed(directory):
     assert re.search(r"gone|dead|reset|closed|failed", said_by(leader)["error"])
 
 
+@pytest.mark.long
 def test_a_process_that_fails_says_why_and_ends_all(directory):
     """It would wait for process 0, which waits for it in a step."""
     (_, leader), (code, follower) = run(directory, "no-comm", "fail")
@@ -137,6 +139,7 @@ def test_a_process_that_fails_says_why_and_ends_all(directory):
     assert re.search(r"has failed: RuntimeError: boom|gone|reset|closed|failed", leader)
 
 
+@pytest.mark.long
 def test_an_adapter_that_another_process_lost_fails_its_requests_only(directory):
     (code, leader), (followers_code, follower) = run(directory, "no-comm", "lose its adapters")
     assert (code, followers_code) == (0, 0), leader + follower

@@ -82,7 +82,7 @@ def test_local_shapes():
     assert (local.num_attention_heads, local.num_key_value_heads) == (1, 1)
     assert local.hidden_size == GQA.hidden_size
     assert local.intermediate_size == 64  # 192 / 8 = 24, rounded up for the kernels
-    assert ModelShards(MHA, 1).local is MHA
+    assert ModelShards(MHA, 1).local == MHA
 
 
 @pytest.mark.parametrize(
