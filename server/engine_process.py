@@ -139,6 +139,10 @@ class EngineProcess:
                 function()
             except AdapterError as refusal:
                 error, unavailable = str(refusal), isinstance(refusal, AdapterUnavailable)
+            except MemoryError:
+                logger.exception("out of memory")
+                error = "this machine has no memory left for it: lower --max-cpu-lora-gib"
+                unavailable = True
             except Exception as unexpected:
                 logger.exception("a call failed")
                 error = f"{type(unexpected).__name__}: {unexpected}"

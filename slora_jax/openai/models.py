@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_NAME = r"^[^,\x00-\x1f]+$"  # gateways read lists of names
+# Gateways read lists of names, and people logs.
+_NAME = r"^[^,\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
 _LONGEST_NAME = 256
 
 AdapterName = Annotated[

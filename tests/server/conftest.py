@@ -29,6 +29,9 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, adapters_on_disk: Path
 ) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--lora-dir", str(adapters_on_disk), "--allow-runtime-lora-updating"]
+    cache = adapters_on_disk.with_name(f"{adapters_on_disk.name}-cache")
+    cache.mkdir()
+    options = ["--lora-dir", str(adapters_on_disk), "--lora-roots", str(cache)]
+    options += ["--allow-runtime-lora-updating"]
     with RunningServer(log, *options, "--max-queued-requests", "600") as running:
         yield running.wait_until_ready()

@@ -83,6 +83,9 @@ def test_aliases(server):
         ({"lora_name": "x", "lora_path": "a\0b"}, 400, "no path"),
         ({"lora_name": "", "lora_path": "lazy_upper"}, 400, "lora_name"),
         ({"lora_name": "a,b", "lora_path": "lazy_upper"}, 400, "lora_name"),
+        ({"lora_name": "a\x7f", "lora_path": "lazy_upper"}, 400, "lora_name"),
+        ({"lora_name": "a\x9b1m", "lora_path": "lazy_upper"}, 400, "lora_name"),
+        ({"lora_name": "a\u2028b", "lora_path": "lazy_upper"}, 400, "lora_name"),
         ({"lora_name": "x"}, 400, "lora_path is required"),
     ],
 )
@@ -121,6 +124,71 @@ def test_a_directory_that_is_written_anew(server, adapters_on_disk):
     assert text(server, "changing") == "uryyb"
     unload(server, "changing").raise_for_status()
     assert ask(server, "changing").status_code == 404
+
+
+def test_what_a_name_leads_to_is_served(server, adapters_on_disk):
+    """A deployment that flips a link; Kubernetes flips one inside of the directory."""
+    shipped = {name: adapter_dirs()[name] for name in ("upper", "rot13")}
+    for name, directory in shipped.items():
+        shutil.copytree(directory, adapters_on_disk / f"release_{name}")
+    current = adapters_on_disk / "current"
+    mounted = adapters_on_disk / "mounted"
+    mounted.mkdir()
+    for file in shipped["upper"].iterdir():
+        (mounted / file.name).symlink_to(f"..data/{file.name}")
+
+    def flip(name: str) -> None:
+        for link, target in (
+            (current, f"release_{name}"),
+            (mounted / "..data", adapters_on_disk / f"release_{name}"),
+        ):
+            link.with_name("new").symlink_to(target)
+            link.with_name("new").replace(link)
+
+    for name, answer in (("upper", "HELLO"), ("rot13", "uryyb"), ("upper", "HELLO")):
+        flip(name)
+        assert text(server, "current") == answer
+        assert text(server, "mounted") == answer
+    # A directory is renamed, and another one comes in its place, as old as the first.
+    (adapters_on_disk / "release_upper").rename(adapters_on_disk / "release_old")
+    shutil.copytree(shipped["rot13"], adapters_on_disk / "release_upper")
+    assert text(server, "current") == "uryyb"
+    assert text(server, "release_upper") == "uryyb"
+
+
+def test_what_is_listed_can_be_used(server, adapters_on_disk):
+    """Links may lead to --lora-roots, as into Hugging Face's cache, and nowhere else."""
+
+    def listed() -> set[str]:
+        return {one["id"] for one in server.get("/v1/models").json()["data"]}
+
+    assert "link" not in listed(), "it leads out"
+    (adapters_on_disk / "half").mkdir()
+    (adapters_on_disk / "half" / "adapter_config.json").write_text("{}")
+    assert "half" not in listed(), "it has no tensors"
+    shutil.copytree(adapter_dirs()["upper"], adapters_on_disk / "refused")
+    (adapters_on_disk / "refused" / "adapter_model.safetensors").write_bytes(b"nonsense")
+    assert ask(server, "refused").status_code == 400
+    assert "refused" not in listed()
+    shutil.copytree(adapter_dirs()["upper"], adapters_on_disk / "refused", dirs_exist_ok=True)
+    assert "refused" in listed(), "it has been written anew"
+    assert text(server, "refused") == "HELLO"
+    shutil.rmtree(adapters_on_disk / "refused")
+    assert "refused" not in listed()
+
+    cache = adapters_on_disk.with_name(f"{adapters_on_disk.name}-cache")  # one of --lora-roots
+    snapshot = cache / "models--me--sql" / "snapshots" / "abc"
+    blobs = cache / "models--me--sql" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(adapter_dirs()["upper"].iterdir()):
+        shutil.copy(file, blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (adapters_on_disk / "sql").symlink_to(snapshot)
+    assert "sql" in listed()
+    assert text(server, "sql") == "HELLO"
+    load(server, lora_name="direct", lora_path=str(snapshot)).raise_for_status()
+    assert text(server, "direct") == "HELLO"
 
 
 def test_directories_that_no_adapter_may_be_called(server, adapters_on_disk):

@@ -16,8 +16,8 @@ def case(tmp_path_factory) -> Case:
 @pytest.mark.parametrize(
     ("devices", "partition"),
     [
-        (2, "slora"),
-        pytest.param(4, "no-comm", marks=pytest.mark.long),
+        pytest.param(2, "slora", marks=pytest.mark.long),
+        (4, "no-comm"),
         pytest.param(8, "slora", marks=pytest.mark.long),
     ],
 )

@@ -86,7 +86,6 @@ def said_by(text: str) -> dict:
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
 
 
-@pytest.mark.long
 def test_same_tokens(directory):
     """With S-LoRA's partition, which has all collectives that there are."""
     (code, leader), (followers_code, follower) = run(directory, "slora")
