@@ -15,12 +15,11 @@ from slora_jax.openai.logprobs import (
     chat_logprobs,
     prompt_logprobs,
 )
-from slora_jax.openai.messages import Message
+from slora_jax.openai.messages import TEXT_ONLY, Message
 from slora_jax.openai.replies import Tokens, Usage, as_one_piece
 from slora_jax.openai.tokens import TokenTexts
 
 _NO_TOOLS = "the model is given no tools; put them in the messages' text"
-_TEXT_ONLY = "messages and answers are text"
 
 
 class ChatTemplateFields(BaseModel):
@@ -71,8 +70,8 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateFields):
         "tool_choice": ("none", _NO_TOOLS),
         "functions": ([], _NO_TOOLS),
         "function_call": ("none", _NO_TOOLS),
-        "modalities": (["text"], _TEXT_ONLY),
-        "audio": (None, _TEXT_ONLY),
+        "modalities": (["text"], TEXT_ONLY),
+        "audio": (None, TEXT_ONLY),
         "prediction": (None, "no output is predicted"),
         "web_search_options": (None, "nothing is searched"),
         "reasoning_effort": ("none", "use chat_template_kwargs if the model's template has such"),

@@ -66,9 +66,8 @@ class CompletionRequest(GenerationRequest):
     Attributes:
         max_tokens: null: as many as the model's length allows, as in vLLM. 0 with `echo` scores
             the prompt and generates nothing.
-        logprobs: of that many most likely tokens at each position, -1 for all, and as in vLLM
-            true is 1; the prompt's
-            positions included with `echo`.
+        logprobs: of that many most likely tokens at each position, -1 for all; true is 1, as in
+            vLLM. With `echo` the prompt's positions are included.
         prompt_logprobs: the same for the prompt, in vLLM's shape.
     """
 

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from slora_jax.core import RequestError
 
-_TEXT_ONLY = "messages and answers are text"
+TEXT_ONLY = "messages and answers are text"
 _MAY_BE_EMPTY = ("assistant", "function")
 
 
@@ -59,7 +59,7 @@ class Message(BaseModel):
         for part in parts if isinstance(parts, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
             if isinstance(kind, str) and kind not in ("text", "refusal"):
-                raise RequestError(f"messages: {kind} is not supported: {_TEXT_ONLY}", "messages")
+                raise RequestError(f"messages: {kind} is not supported: {TEXT_ONLY}", "messages")
         role = body.get("role")
         if parts is None and isinstance(role, str) and role not in _MAY_BE_EMPTY:
             raise PydanticCustomError("content", "content is required of this role")
@@ -76,7 +76,8 @@ class Message(BaseModel):
     @property
     def has_more(self) -> bool:
         """Whether there is more than text that a template may work on."""
-        return bool(self.model_extra or self.tool_calls)
+        parts = self.content if isinstance(self.content, list) else ()
+        return bool(self.model_extra or self.tool_calls or any(part.model_extra for part in parts))
 
     def for_template(self) -> dict[str, Any]:
         """What chat templates expect: the message as it was sent.

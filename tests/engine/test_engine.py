@@ -310,15 +310,20 @@ def test_running_out_of_pages(engine):
     assert [output.token_ids for output in together] == alone
 
 
+def small_pool() -> Engine:
+    """Eleven pages, of which an adapter takes eight."""
+    return Engine(
+        BASE_MODEL,
+        adapters={"upper": adapter_dirs()["upper"]},
+        num_pages=12,
+        max_num_seqs=1,
+        max_num_batched_tokens=16,
+    )
+
+
 class TestRefusals:
     def test_pool_too_small_says_what_for(self):
-        small = Engine(
-            BASE_MODEL,
-            adapters={"upper": adapter_dirs()["upper"]},
-            num_pages=12,
-            max_num_seqs=1,
-            max_num_batched_tokens=16,
-        )
+        small = small_pool()
         with pytest.raises(RequestError) as error:
             small.add_request([1] * 60, SamplingParams(max_tokens=30), adapter="upper")
         assert "needs 4 pages for its prompt of 60 tokens and 8 for its adapter" in str(error.value)
@@ -327,13 +332,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("max_tokens", [None, 100, 41, 40])
     def test_a_small_pool_ends_requests_as_the_models_length_does(self, caplog, max_tokens):
-        small = Engine(
-            BASE_MODEL,
-            adapters={"upper": adapter_dirs()["upper"]},
-            num_pages=12,
-            max_num_seqs=1,
-            max_num_batched_tokens=16,
-        )
+        small = small_pool()
         assert "the pool's 11 pages hold 176 tokens" in caplog.text
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
         # Three pages beside the adapter's; the last token is never read.

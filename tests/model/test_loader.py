@@ -195,7 +195,7 @@ def test_devices_must_divide_the_heads():
         ModelShards(CONFIG, 3)
 
 
-@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16, jnp.float32, np.float64])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_casts(tmp_path, stored, dtype):
     content = {name: value.astype(stored) for name, value in tensors().items()}
